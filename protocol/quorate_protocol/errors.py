@@ -1,0 +1,211 @@
+"""Every error that Quorate raises on purpose.
+
+::
+
+    QuorateError
+    ├── LocalError                the caller's fault: nothing was sent
+    │   ├── FrameTooLarge         a message over the frame ceiling (also raised for a peer's)
+    │   ├── DatagramTooLarge      a datagram over what the path or the peer takes
+    │   └── ConfigurationError    a setting is wrong; carries its path
+    ├── LinkError                 the network or the connection
+    │   ├── ConnectFailed         no connection came about
+    │   ├── ConnectionClosed      it ended; carries code and reason
+    │   └── ServerClosed          a listening endpoint was closed
+    ├── StreamError               one stream ended early; its connection lives
+    │   ├── ResetByPeer           the peer gave up sending
+    │   └── StoppedByPeer         the peer gave up reading
+    ├── ProtocolError             the peer broke the wire format
+    │   ├── FrameTruncated
+    │   ├── FrameMalformed
+    │   ├── UnknownType
+    │   ├── MessageInvalid
+    │   └── UnexpectedMessage
+    ├── Refused                   the coordinator would not let us in
+    └── CallFailed                an operator's call came back as an error
+
+A `ProtocolError` and its kin carry the wire code that ends the stream or connection. A peer is sent
+that code and never the text of an exception of ours.
+"""
+
+from enum import IntEnum
+
+
+class Code(IntEnum):
+    """Application error codes of ALPN `quorate/1`, for CONNECTION_CLOSE, RESET_STREAM and STOP_SENDING."""
+
+    NO_ERROR = 0x00
+    INTERNAL = 0x01
+    FRAME_MALFORMED = 0x02
+    FRAME_TOO_LARGE = 0x03
+    FRAME_TRUNCATED = 0x04
+    UNKNOWN_TYPE = 0x05
+    MESSAGE_INVALID = 0x06
+    UNEXPECTED_MESSAGE = 0x07
+    REFUSED = 0x08
+    REPLACED = 0x09
+    SHUTDOWN = 0x0A
+    LEASE_EXPIRED = 0x0B
+    CANCELLED = 0x0C
+    BUSY = 0x0D
+
+
+class QuorateError(Exception):
+    """Root of the tree."""
+
+
+class LocalError(QuorateError):
+    """The caller asked for what cannot be done; nothing was sent."""
+
+
+class ConfigurationError(LocalError):
+    """A setting is wrong. `path` names it as in the file, such as `rounds.deadline_s`."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class DatagramTooLarge(LocalError):
+    """A datagram is over what the path or the peer takes. It was not queued."""
+
+    def __init__(self, size_bytes: int, max_bytes: int) -> None:
+        super().__init__(f"datagram of {size_bytes} bytes is over the {max_bytes} that the connection takes")
+        self.size_bytes = size_bytes
+        self.max_bytes = max_bytes
+
+
+class LinkError(QuorateError):
+    """The network or the connection failed."""
+
+
+class ConnectFailed(LinkError):
+    """No connection came about: the name, the network, TLS or the protocol negotiation failed."""
+
+    def __init__(self, url: str, problem: str) -> None:
+        super().__init__(f"cannot connect to {url}: {problem}")
+        self.url = url
+        self.problem = problem
+
+
+class ConnectionClosed(LinkError):
+    """The connection has ended. `code` is an application code, or a transport code of RFC 9000, 20.1."""
+
+    def __init__(self, code: int, reason: str = "", *, by_peer: bool = False, transport: bool = False) -> None:
+        who = "the peer" if by_peer else "this end"
+        super().__init__(f"connection closed by {who}: {_code_name(code, transport)}{': ' + reason if reason else ''}")
+        self.code = code
+        self.reason = reason
+        self.by_peer = by_peer
+        self.transport = transport
+
+
+class ServerClosed(LinkError):
+    """The listening endpoint was closed: no connection will come."""
+
+
+class StreamError(QuorateError):
+    """One stream ended before its end; its connection lives on."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"{type(self).__name__}: {_code_name(code, False)}")
+        self.code = code
+
+
+class ResetByPeer(StreamError):
+    """The peer reset its sending half (RESET_STREAM, RFC 9000, 19.4)."""
+
+
+class StoppedByPeer(StreamError):
+    """The peer does not want our bytes any more (STOP_SENDING, RFC 9000, 19.5)."""
+
+
+class ProtocolError(QuorateError):
+    """The peer broke the wire format."""
+
+    code: Code = Code.FRAME_MALFORMED
+
+
+class FrameTooLarge(ProtocolError, LocalError):
+    """A frame's length is over the ceiling. Nothing was allocated for it."""
+
+    code = Code.FRAME_TOO_LARGE
+
+    def __init__(self, frame_bytes: int, frame_bytes_max: int) -> None:
+        super().__init__(f"frame of {frame_bytes} bytes is over the ceiling of {frame_bytes_max}")
+        self.frame_bytes = frame_bytes
+        self.frame_bytes_max = frame_bytes_max
+
+
+class FrameTruncated(ProtocolError):
+    """The stream ended in the middle of a frame."""
+
+    code = Code.FRAME_TRUNCATED
+
+    def __init__(self, missing_bytes: int) -> None:
+        super().__init__(f"stream ended {missing_bytes} bytes before the end of a frame")
+        self.missing_bytes = missing_bytes
+
+
+class FrameMalformed(ProtocolError):
+    """A payload is not the msgpack map it has to be, or holds something that may not travel."""
+
+
+class UnknownType(ProtocolError):
+    """A message of a type that this version does not know."""
+
+    code = Code.UNKNOWN_TYPE
+
+    def __init__(self, type_: object) -> None:
+        super().__init__(f"unknown message type {str(type_)[:64]!r}")
+        self.type = type_
+
+
+class MessageInvalid(ProtocolError):
+    """A message of a known type whose keys or values are wrong. `problem` names the key."""
+
+    code = Code.MESSAGE_INVALID
+
+    def __init__(self, type_: str, problem: str) -> None:
+        super().__init__(f"invalid {type_} message: {problem}")
+        self.type = type_
+        self.problem = problem
+
+
+class UnexpectedMessage(ProtocolError):
+    """A valid message where the protocol does not allow it."""
+
+    code = Code.UNEXPECTED_MESSAGE
+
+    def __init__(self, type_: str, where: str) -> None:
+        super().__init__(f"unexpected {type_} message {where}")
+        self.type = type_
+
+
+class Refused(QuorateError):
+    """The coordinator answered `hello` with `refusal`. `retry` says whether it may let us in later."""
+
+    def __init__(self, reason: str, message: str, *, retry: bool = False) -> None:
+        super().__init__(f"refused ({reason}): {message}")
+        self.reason = reason
+        self.message = message
+        self.retry = retry
+
+
+class CallFailed(QuorateError):
+    """An operator's call was answered with an error. `retry` says whether the same call may succeed later."""
+
+    def __init__(self, reason: str, message: str, *, retry: bool = False) -> None:
+        super().__init__(f"{message} ({reason})")
+        self.reason = reason
+        self.message = message
+        self.retry = retry
+
+
+def _code_name(code: int, transport: bool) -> str:
+    if not transport:
+        try:
+            return f"{Code(code).name} (0x{code:x})"
+        except ValueError:
+            pass
+    return f"{'transport ' if transport else ''}code 0x{code:x}"

@@ -1,0 +1,57 @@
+"""Ceilings that both ends of the wire must share, each with its reason.
+
+A setting that only one process cares about does not belong here but in that process's settings.
+"""
+
+from typing import Final
+
+#: Largest frame payload in bytes. A coordination message is small; a body that is bigger belongs
+#: on a bulk stream. 1 MiB is also what NATS allows a message by default.
+FRAME_BYTES_MAX: Final = 1 << 20
+
+#: Largest body (the msgpack of what a task is asked or answers) that travels inline in a frame, in
+#: bytes: the frame's other keys must fit beside it.
+BODY_BYTES_MAX: Final = FRAME_BYTES_MAX - (16 << 10)
+
+#: Largest frame before `welcome`, in bytes: a hello is a few hundred bytes, and until it is checked
+#: its sender is a stranger.
+HELLO_BYTES_MAX: Final = 64 << 10
+
+#: Bytes of the length prefix: unsigned, big-endian.
+FRAME_PREFIX_BYTES: Final = 4
+
+#: Longest identifier (agent id, task, label key or value) in UTF-8 bytes: fits a DNS name,
+#: keeps Prometheus labels and log lines readable.
+NAME_BYTES_MAX: Final = 255
+
+#: Tasks one agent may announce and labels it may carry: both are copied into every fleet listing.
+TASKS_MAX: Final = 256
+LABELS_MAX: Final = 64
+
+#: Longest human-readable reason or error text that a peer may send, in characters.
+TEXT_CHARS_MAX: Final = 4096
+
+#: Unread bytes that one stream may hold at the receiver: its flow-control window (RFC 9000, 4.1).
+STREAM_WINDOW_BYTES: Final = 1 << 20
+
+#: Unread bytes of all the streams of one connection together.
+CONNECTION_WINDOW_BYTES: Final = 8 << 20
+
+#: `Stream.send` returns while less than this waits for acknowledgement, and sleeps above it.
+#: It must exceed the bandwidth-delay product of the paths we serve or it becomes the bottleneck.
+STREAM_WRITE_BYTES_HIGH: Final = 2 << 20
+#: A sleeping `Stream.send` goes on when the buffer has fallen to this.
+STREAM_WRITE_BYTES_LOW: Final = 1 << 20
+
+#: Streams a peer may have open at once, each direction (the seed asks for 1000+).
+STREAMS_MAX: Final = 1024
+
+#: Received datagrams that wait to be read; the oldest is dropped (and counted) beyond this,
+#: because a pulse or event that nobody read in time is stale.
+DATAGRAM_QUEUE_MAX: Final = 256
+
+#: Connections that have not finished their handshake, in all: what a flood of Initials may cost.
+HANDSHAKES_MAX: Final = 1024
+
+#: Connections of one endpoint in all.
+CONNECTIONS_MAX: Final = 16_384

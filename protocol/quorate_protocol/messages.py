@@ -1,0 +1,322 @@
+"""The messages of ALPN `quorate/1`: what may stand in a frame.
+
+Every message is a frozen pydantic model whose `type` names it on the wire. Keys that a version does
+not know are ignored; a key with its default value may be left out. SPEC.md has the same in prose,
+and `vectors/` has each message as bytes.
+"""
+
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from quorate_protocol.errors import MessageInvalid, UnknownType
+from quorate_protocol.frames import encode_frame
+from quorate_protocol.limits import BODY_BYTES_MAX, LABELS_MAX, NAME_BYTES_MAX, TASKS_MAX, TEXT_CHARS_MAX
+
+#: Agent ids, tasks, label keys: printable ASCII without space, so that they can stand in logs,
+#: metrics, subjects and shell commands as they are.
+Name = Annotated[str, StringConstraints(min_length=1, max_length=NAME_BYTES_MAX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@/+-]*$")]
+Text = Annotated[str, StringConstraints(max_length=TEXT_CHARS_MAX)]
+Body = Annotated[bytes, Field(max_length=BODY_BYTES_MAX)]
+RoundId = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
+Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=86_400 * 365, allow_inf_nan=False)]
+
+Role = Literal["agent", "operator", "observer"]
+
+#: How each selected agent's part in a round ends; exactly one of these.
+Status = Literal["replied", "declined", "failed", "late", "lost", "cancelled", "unavailable"]
+
+#: How a round ends.
+RoundState = Literal["complete", "quorate", "expired", "failed", "cancelled", "interrupted"]
+
+_TYPES: dict[str, type["Message"]] = {}
+
+
+class Message(BaseModel):
+    """Base of all messages. Subclasses state their wire name: `class Hello(Message, type="hello")`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    wire_type: ClassVar[str]
+
+    def __init_subclass__(cls, type: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.wire_type = type
+        _TYPES[type] = cls
+
+    def to_frame(self) -> bytes:
+        """The whole frame, prefix included; keys at their default are left out.
+
+        Raises:
+            FrameTooLarge: over the frame ceiling.
+        """
+        return encode_frame({"type": self.wire_type, **self.model_dump(exclude_defaults=True)})
+
+    @classmethod
+    def from_map(cls, raw: dict[str, Any]) -> Self:
+        """Validates a decoded map as this message.
+
+        Raises:
+            MessageInvalid: a key is missing or wrong; the text names the key, never the value.
+        """
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise MessageInvalid(cls.wire_type, _describe(error)) from None
+
+
+def parse_message(raw: dict[str, Any]) -> Message:
+    """The message that a decoded map is.
+
+    Raises:
+        UnknownType: no `type`, or one that this version does not know.
+        MessageInvalid: known type, wrong content.
+    """
+    type_ = raw.get("type")
+    model = _TYPES.get(type_) if isinstance(type_, str) else None
+    if model is None:
+        raise UnknownType(type_)
+    return model.from_map(raw)
+
+
+@cache
+def message_types() -> dict[str, type[Message]]:
+    """All wire types and their models, in the order of definition."""
+    return dict(_TYPES)
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    path = ".".join(str(part) for part in first["loc"]) or "message"
+    more = error.error_count() - 1
+    return f"{path}: {first['msg']}" + (f" (and {more} more)" if more else "")
+
+
+# --- control stream ------------------------------------------------------------------------------
+
+
+class Hello(Message, type="hello"):
+    """First frame of the first stream: who connects and what it can do."""
+
+    role: Role = "agent"
+    #: The agent's identity, or a name for the operator in logs.
+    id: Name
+    #: Bearer token. Never logged.
+    token: Annotated[str, StringConstraints(max_length=TEXT_CHARS_MAX)] = Field(repr=False)
+    #: Random for each process: tells a restarted agent from a second one that took its name.
+    instance: Annotated[str, StringConstraints(max_length=64)] = ""
+    labels: dict[Name, Text] = Field(default_factory=dict, max_length=LABELS_MAX)
+    tasks: list[Name] = Field(default_factory=list, max_length=TASKS_MAX)
+    #: Version of the software, for operators to see.
+    software: Annotated[str, StringConstraints(max_length=64)] = ""
+
+    @field_validator("tasks")
+    @classmethod
+    def _no_task_twice(cls, tasks: list[str]) -> list[str]:
+        if len(set(tasks)) != len(tasks):
+            raise ValueError("a task is named twice")
+        return tasks
+
+
+class Welcome(Message, type="welcome"):
+    """The coordinator's answer to an accepted hello."""
+
+    #: Names the membership in logs and in `coordination`.
+    session: Name
+    software: Annotated[str, StringConstraints(max_length=64)] = ""
+    #: How often a pulse datagram is expected.
+    pulse_s: PositiveSeconds
+    #: How long silence may last before the agent counts as lost.
+    lease_s: PositiveSeconds
+
+
+class Refusal(Message, type="refusal"):
+    """The coordinator's answer to a hello that it does not accept; it closes the connection."""
+
+    #: `unauthenticated`, `bad-hello`, `draining`, `full`, `forbidden`.
+    reason: Name
+    message: Text
+    #: Whether the same hello may be accepted later.
+    retry: bool = False
+
+
+class Drain(Message, type="drain"):
+    """From the coordinator: no more assignments come; finish what you have. From an agent: send me none."""
+
+    reason: Text = ""
+
+
+class Goodbye(Message, type="goodbye"):
+    """The last frame: the sender leaves on purpose."""
+
+    reason: Text = ""
+
+
+# --- coordination stream -------------------------------------------------------------------------
+
+
+class CoordinationOpened(Message, type="coordination"):
+    """First frame of the agent's dedicated stream."""
+
+    session: Name
+
+
+class Assignment(Message, type="assignment"):
+    """The broadcast of a round. Holds nothing that differs between agents: encoded once per round."""
+
+    round: RoundId
+    task: Name
+    body: Body
+    attempt: Annotated[int, Field(ge=1, le=1000)] = 1
+    #: Time left until the round's hard end when this was encoded.
+    deadline_s: PositiveSeconds
+
+
+class Cancellation(Message, type="cancellation"):
+    """The round is over for this agent; a reply would be late."""
+
+    round: RoundId
+    reason: Text = ""
+
+
+class Feedback(Message, type="feedback"):
+    """The truth of a round that the agent was asked in. Always before the agent's next assignment."""
+
+    round: RoundId
+    task: Name
+    truth: Body
+
+
+class Reply(Message, type="reply"):
+    """An agent's answer to an assignment, or why there is none."""
+
+    round: RoundId
+    attempt: Annotated[int, Field(ge=1, le=1000)] = 1
+    status: Literal["replied", "declined", "failed"] = "replied"
+    #: With `replied`.
+    body: Body | None = None
+    #: With `declined` and `failed`: what to tell the operator.
+    error: Text = ""
+    #: Time the task's handler ran.
+    compute_s: Seconds = 0.0
+    #: Time the assignment waited at the agent because other handlers ran (earlier feedback, say).
+    waited_s: Seconds = 0.0
+
+
+# --- call streams --------------------------------------------------------------------------------
+
+
+class Ask(Message, type="ask"):
+    """Open a round. Answered by `outcome` or `error`."""
+
+    task: Name
+    body: Body
+    #: Replies needed, as a count or as a share of the selected agents (rounded up); not both.
+    quorum: Annotated[int, Field(ge=1)] | None = None
+    quorum_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    grace_s: Seconds | None = None
+    deadline_s: PositiveSeconds | None = None
+    #: Only agents that carry all of these labels with these values.
+    labels: dict[Name, Text] = Field(default_factory=dict, max_length=LABELS_MAX)
+
+
+class AgentResult(BaseModel):
+    """One selected agent's part in an outcome."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    agent: Name
+    status: Status
+    body: Body | None = None
+    error: Text = ""
+    #: From sending the assignment to receiving the reply, at the coordinator.
+    latency_s: Seconds | None = None
+    compute_s: Seconds = 0.0
+    waited_s: Seconds = 0.0
+    #: The learner's weight when the answer was combined.
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+class Outcome(Message, type="outcome"):
+    """How a round ended: answers `ask`."""
+
+    round: RoundId
+    task: Name
+    state: RoundState
+    quorum: Annotated[int, Field(ge=1)]
+    #: The combined answer; None unless quorum was met.
+    answer: Body | None = None
+    #: Share of the weight of all who replied that stands behind the answer.
+    support: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    #: Sorted by agent.
+    results: list[AgentResult]
+    #: From opening to closing, at the coordinator.
+    duration_s: Seconds
+    #: With a state other than complete and quorate: what went wrong.
+    reason: Text = ""
+
+
+class Reveal(Message, type="reveal"):
+    """Tell the truth of a round. Answered by `revealed` or `error`."""
+
+    round: RoundId
+    truth: Body
+
+
+class Revealed(Message, type="revealed"):
+    """The learner has scored the round's agents."""
+
+    round: RoundId
+    #: Whether the combined answer was right; None where there was none.
+    correct: bool | None = None
+    #: Weights after learning, by agent, for the round's task.
+    weights: dict[Name, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+
+
+class Agents(Message, type="agents"):
+    """Ask for a listing of the fleet. Answered by `fleet`."""
+
+
+class AgentInfo(BaseModel):
+    """One agent in a listing."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    agent: Name
+    state: Literal["connected", "suspect", "draining", "lost", "left"]
+    labels: dict[Name, Text] = Field(default_factory=dict)
+    tasks: list[Name] = Field(default_factory=list)
+    address: Text = ""
+    software: Text = ""
+    connected_s: Seconds = 0.0
+    last_seen_s: Seconds = 0.0
+    assignments: Annotated[int, Field(ge=0)] = 0
+    replies: Annotated[int, Field(ge=0)] = 0
+    latency_p50_s: Seconds | None = None
+    latency_p99_s: Seconds | None = None
+    #: The learner's weight, by task.
+    weights: dict[Name, float] = Field(default_factory=dict)
+
+
+class Fleet(Message, type="fleet"):
+    """A listing of the fleet: answers `agents`."""
+
+    software: Text
+    uptime_s: Seconds
+    draining: bool = False
+    rounds_open: Annotated[int, Field(ge=0)]
+    rounds_closed: dict[str, int] = Field(default_factory=dict)
+    agents: list[AgentInfo]
+
+
+class CallError(Message, type="error"):
+    """A call that could not be done. It changed nothing."""
+
+    #: `bad-request`, `no-agents`, `busy`, `draining`, `unknown-round`, `already-revealed`,
+    #: `still-open`, `forbidden`, `internal`.
+    reason: Name
+    message: Text
+    #: Whether the same call may succeed later.
+    retry: bool = False
