@@ -16,7 +16,9 @@ from quorate_protocol.limits import BODY_BYTES_MAX, LABELS_MAX, NAME_BYTES_MAX, 
 
 #: Agent ids, tasks, label keys: printable ASCII without space, so that they can stand in logs,
 #: metrics, subjects and shell commands as they are.
-Name = Annotated[str, StringConstraints(min_length=1, max_length=NAME_BYTES_MAX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@/+-]*$")]
+Name = Annotated[
+    str, StringConstraints(min_length=1, max_length=NAME_BYTES_MAX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@/+-]*$")
+]
 Text = Annotated[str, StringConstraints(max_length=TEXT_CHARS_MAX)]
 Body = Annotated[bytes, Field(max_length=BODY_BYTES_MAX)]
 RoundId = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
@@ -41,7 +43,7 @@ class Message(BaseModel):
 
     wire_type: ClassVar[str]
 
-    def __init_subclass__(cls, type: str, **kwargs: Any) -> None:
+    def __init_subclass__(cls, type: str, **kwargs: Any) -> None:  # noqa: A002  the keyword that subclasses read
         super().__init_subclass__(**kwargs)
         cls.wire_type = type
         _TYPES[type] = cls

@@ -1,0 +1,218 @@
+"""Development credentials: an authority, a server certificate signed by it, and a token.
+
+They are made on first use, so that the quick start has TLS and authentication on. The authority stays
+for ten years, so that agents which trust it go on trusting; the certificate that the server shows
+lives 13 days (browsers accept at most 14 of one that they know only by its hash) and is renewed well
+before. Whoever has certificates of their own names them in `[tls]` and none of this happens.
+"""
+
+import contextlib
+import datetime
+import ipaddress
+import os
+import secrets
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from quorate_protocol.errors import ConfigurationError
+from quorate_protocol.transport import ServerTls
+
+_AUTHORITY_LIFE: Final = datetime.timedelta(days=3650)
+_CERTIFICATE_LIFE: Final = datetime.timedelta(days=13)
+#: Renewed when less than this is left: clients get at least five days out of each.
+_RENEW_BEFORE: Final = datetime.timedelta(days=5)
+#: Clocks of other machines may be behind ours.
+_BACKDATE: Final = datetime.timedelta(hours=1)
+_TOKEN_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DevelopmentCredentials:
+    """Where the files are."""
+
+    #: Authority that agents and operators trust.
+    ca_file: Path
+    certificate_file: Path
+    #: Readable by its owner alone, as is the token.
+    key_file: Path
+    token_file: Path
+
+    @property
+    def tls(self) -> ServerTls:
+        """For `listen`."""
+        return ServerTls(self.certificate_file, self.key_file)
+
+
+def ensure_development_credentials(
+    state_dir: Path, *, names: Iterable[str] = (), now: datetime.datetime | None = None
+) -> DevelopmentCredentials:
+    """Makes what is missing or about to expire in `state_dir`, and leaves the rest as it is.
+
+    Args:
+        state_dir: created, for its owner alone, where it does not exist.
+        names: further host names and IP addresses that the certificate shall carry, beside
+            localhost, the loopback addresses and this machine's name.
+        now: the time; for tests.
+
+    Raises:
+        ConfigurationError: the directory or a file in it cannot be read or written.
+    """
+    now = now or datetime.datetime.now(datetime.UTC)
+    files = DevelopmentCredentials(
+        state_dir / "ca.pem", state_dir / "certificate.pem", state_dir / "key.pem", state_dir / "token"
+    )
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ensure_token(files.token_file)
+        ensure_certificate(files, names=names, now=now)
+    except OSError as error:
+        raise ConfigurationError(
+            "state_dir", f"cannot write {error.filename or state_dir}: {error.strerror}"
+        ) from error
+    return files
+
+
+def ensure_token(token_file: Path) -> None:
+    """Writes a random token (43 characters, 256 bits) where there is none.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not token_file.exists():
+        _write(token_file, secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n", private=True)
+
+
+def ensure_certificate(files: DevelopmentCredentials, *, names: Iterable[str] = (), now: datetime.datetime) -> bool:
+    """Renews the server certificate when it is missing, near its end, or lacks a name.
+
+    Returns:
+        Whether it was renewed.
+
+    Raises:
+        OSError: a file cannot be read or written.
+        ConfigurationError: a file holds something else.
+    """
+    wanted = _alternative_names(names)
+    authority_key_file = files.ca_file.with_name("ca-key.pem")
+    if not (files.ca_file.exists() and authority_key_file.exists()):
+        authority_key = ec.generate_private_key(ec.SECP256R1())
+        _write(authority_key_file, _key_pem(authority_key), private=True)
+        _write(files.ca_file, _authority(authority_key, now).public_bytes(serialization.Encoding.PEM))
+        files.certificate_file.unlink(missing_ok=True)
+    elif _is_good(files, wanted, now):
+        return False
+    try:
+        authority = x509.load_pem_x509_certificate(files.ca_file.read_bytes())
+        authority_key_any = serialization.load_pem_private_key(authority_key_file.read_bytes(), None)
+    except ValueError as error:
+        raise ConfigurationError(
+            "state_dir", f"{files.ca_file} or {authority_key_file} is damaged ({error}); delete both to make new ones"
+        ) from error
+    assert isinstance(authority_key_any, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Quorate development coordinator")]))
+        .issuer_name(authority.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _BACKDATE)
+        .not_valid_after(now - _BACKDATE + _CERTIFICATE_LIFE)
+        .add_extension(x509.SubjectAlternativeName(wanted), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key_any.public_key()), critical=False
+        )
+        .sign(authority_key_any, hashes.SHA256())
+    )
+    _write(files.key_file, _key_pem(key), private=True)
+    _write(files.certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
+    return True
+
+
+def _is_good(files: DevelopmentCredentials, wanted: list[x509.GeneralName], now: datetime.datetime) -> bool:
+    if not (files.certificate_file.exists() and files.key_file.exists()):
+        return False
+    try:
+        certificate = x509.load_pem_x509_certificate(files.certificate_file.read_bytes())
+        key = serialization.load_pem_private_key(files.key_file.read_bytes(), None)
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound):
+        return False
+    fits = isinstance(key, ec.EllipticCurvePrivateKey) and key.public_key() == certificate.public_key()
+    return fits and certificate.not_valid_after_utc - now > _RENEW_BEFORE and set(wanted) <= set(names)
+
+
+def _authority(key: ec.EllipticCurvePrivateKey, now: datetime.datetime) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Quorate development authority")])
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _BACKDATE)
+        .not_valid_after(now - _BACKDATE + _AUTHORITY_LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(
+            x509.KeyUsage(
+                digital_signature=False,
+                content_commitment=False,
+                key_encipherment=False,
+                data_encipherment=False,
+                key_agreement=False,
+                key_cert_sign=True,
+                crl_sign=True,
+                encipher_only=False,
+                decipher_only=False,
+            ),
+            critical=True,
+        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _alternative_names(names: Iterable[str]) -> list[x509.GeneralName]:
+    wanted = dict.fromkeys(["localhost", "127.0.0.1", "::1", socket.gethostname(), *names])
+    result: list[x509.GeneralName] = []
+    for name in wanted:
+        try:
+            result.append(x509.IPAddress(ipaddress.ip_address(name)))
+        except ValueError:
+            try:
+                result.append(x509.DNSName(name))
+            except ValueError as error:
+                raise ConfigurationError("tls.names", f"{name!r} is neither a host name nor an IP address") from error
+    return result
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write(path: Path, content: bytes, *, private: bool = False) -> None:
+    # Written aside and renamed: a reader sees the old file or the new one, and a secret is never
+    # readable by others, not even for a moment.
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        aside.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise

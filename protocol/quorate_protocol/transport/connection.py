@@ -1,0 +1,373 @@
+"""A QUIC connection as asyncio sees it: turns what the engine reports into streams and wake-ups.
+
+The endpoint owns the socket and the turn: it feeds datagrams in, then asks every connection that
+something happened to, once per loop turn, for what may leave.
+"""
+
+import asyncio
+from collections import deque
+from typing import Final, Protocol
+
+from quorate_protocol.errors import (
+    Code,
+    ConnectionClosed,
+    DatagramTooLarge,
+    QuorateError,
+    ResetByPeer,
+    StoppedByPeer,
+)
+from quorate_protocol.limits import DATAGRAM_QUEUE_MAX, TEXT_CHARS_MAX
+from quorate_protocol.transport.address import format_address
+from quorate_protocol.transport.api import (
+    BiStream,
+    Connection,
+    ConnectionStats,
+    Datagrams,
+    Priority,
+    ReceiveStream,
+    SendStream,
+)
+from quorate_protocol.transport.engine import Address, Engine
+from quorate_protocol.transport.stream import QuicBiStream, QuicReceiveStream, QuicSendStream
+
+#: How many ids of incoming streams are kept before those of finished streams are looked for.
+_HANDED_OUT_MIN: Final = 64
+
+
+class Driver(Protocol):
+    """What a connection needs of its endpoint."""
+
+    def wants_turn(self, connection: "QuicConnection") -> None:
+        """Something may have to be sent or a timer armed: serve this connection at the end of the turn."""
+
+    def connection_id_issued(self, connection: "QuicConnection", connection_id: bytes) -> None:
+        """Route datagrams for this id here."""
+
+    def connection_id_retired(self, connection: "QuicConnection", connection_id: bytes) -> None:
+        """Do not any more."""
+
+    def handshake_completed(self, connection: "QuicConnection") -> None:
+        """The connection may be handed out."""
+
+    def connection_closed(self, connection: "QuicConnection") -> None:
+        """The connection is over for its users; the engine may linger."""
+
+
+class QuicDatagrams(Datagrams):
+    """Bounded on both sides; the oldest is dropped and counted."""
+
+    def __init__(self, connection: "QuicConnection") -> None:
+        self._connection = connection
+        self._unread: deque[bytes] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def max_bytes(self) -> int:
+        return self._connection.engine.datagram_bytes_max
+
+    def send(self, data: bytes) -> None:
+        connection = self._connection
+        if connection.close_error is not None:
+            raise connection.close_error
+        if len(data) > self.max_bytes:
+            raise DatagramTooLarge(len(data), self.max_bytes)
+        connection.send_datagram(data)
+
+    async def receive(self) -> bytes:
+        while not self._unread:
+            if self._connection.close_error is not None:
+                raise self._connection.close_error
+            if self._waiter is not None:
+                raise RuntimeError("two tasks receive datagrams at once")
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._unread.popleft()
+
+    # From the connection:
+
+    def on_datagram(self, data: bytes) -> None:
+        if len(self._unread) >= DATAGRAM_QUEUE_MAX:
+            self._unread.popleft()
+            self._connection.stats.datagrams_dropped += 1
+        self._unread.append(data)
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class QuicConnection(Connection):
+    """Implements `Connection` over an `Engine`; also the engine's `Sink`."""
+
+    def __init__(self, engine: Engine, driver: Driver, address: Address, *, is_client: bool) -> None:
+        self.engine = engine
+        self.address = address
+        self.is_client = is_client
+        self.stats = ConnectionStats()
+        self.datagrams: QuicDatagrams = QuicDatagrams(self)
+        #: Ids under which the endpoint routes to this connection.
+        self.connection_ids: set[bytes] = set()
+        self.is_established = False
+        #: The endpoint's mark: waits for its send pass.
+        self.in_turn = False
+        self._driver = driver
+        self._protocol = ""
+        self._close_error: ConnectionClosed | None = None
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._streams: dict[int, QuicSendStream | QuicReceiveStream] = {}
+        self._incoming_bi: deque[QuicBiStream] = deque()
+        self._incoming_uni: deque[QuicReceiveStream] = deque()
+        #: Tasks that wait for an incoming stream, for the peer's stream limit, or for the handshake.
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._writers: dict[QuicSendStream, int] = {}
+        #: Ids of the streams that the peer opened and that were handed out: an event for one that is
+        #: here and not in `_streams` comes after its end for us.
+        self._handed_out: set[int] = set()
+        self._handed_out_max = _HANDED_OUT_MIN
+
+    # --- Connection ---
+
+    @property
+    def peer(self) -> str:
+        return format_address(self.address)
+
+    @property
+    def protocol(self) -> str:
+        return self._protocol
+
+    async def open_bi_stream(self, priority: Priority = Priority.NORMAL) -> BiStream:
+        stream = QuicBiStream(self, await self._open(bidirectional=True, priority=priority), priority)
+        self._remember(stream)
+        return stream
+
+    async def open_uni_stream(self, priority: Priority = Priority.NORMAL) -> SendStream:
+        stream = QuicSendStream(self, await self._open(bidirectional=False, priority=priority), priority)
+        self._remember(stream)
+        return stream
+
+    async def accept_bi_stream(self) -> BiStream:
+        while not self._incoming_bi:
+            await self._wait_for_change()
+        return self._incoming_bi.popleft()
+
+    async def accept_uni_stream(self) -> ReceiveStream:
+        while not self._incoming_uni:
+            await self._wait_for_change()
+        return self._incoming_uni.popleft()
+
+    async def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
+        self.abort(code, reason)
+
+    def abort(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
+        """`close` for callers that cannot await."""
+        if self._close_error is not None:
+            return
+        self.engine.close(code, reason[:TEXT_CHARS_MAX])
+        self.closed(ConnectionClosed(code, reason))
+        self._driver.wants_turn(self)
+
+    async def wait_closed(self) -> None:
+        await asyncio.shield(self._closed)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._close_error is not None
+
+    @property
+    def close_error(self) -> ConnectionClosed | None:
+        return self._close_error
+
+    async def wait_established(self) -> None:
+        """Returns when the handshake is complete.
+
+        Raises:
+            ConnectionClosed: it failed.
+        """
+        while not self.is_established:
+            await self._wait_for_change()
+
+    async def _open(self, *, bidirectional: bool, priority: Priority) -> int:
+        while True:
+            if self._close_error is not None:
+                raise self._close_error
+            if self.engine.can_open_stream(bidirectional=bidirectional):
+                return self.engine.open_stream(bidirectional=bidirectional, priority=priority)
+            await self._wait_for_change()
+
+    async def _wait_for_change(self) -> None:
+        if self._close_error is not None:
+            raise self._close_error
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # --- for streams ---
+
+    def write(self, stream_id: int, data: bytes, end: bool = False) -> None:
+        if self._close_error is None:
+            self.engine.write(stream_id, data, end)
+            self._driver.wants_turn(self)
+
+    def reset(self, stream_id: int, code: int) -> None:
+        self.engine.reset(stream_id, code)
+        self._driver.wants_turn(self)
+
+    def stop(self, stream_id: int, code: int) -> None:
+        if self._close_error is None:
+            self.engine.stop(stream_id, code)
+            self._driver.wants_turn(self)
+
+    def consumed(self, stream_id: int, count: int) -> None:
+        if self._close_error is None and self.engine.consumed(stream_id, count):
+            self._driver.wants_turn(self)
+
+    def send_datagram(self, data: bytes) -> None:
+        self.engine.send_datagram(data)
+        self.stats.datagrams_sent += 1
+        self._driver.wants_turn(self)
+
+    def watch_writes(self, stream: QuicSendStream, low_bytes: int) -> None:
+        self._writers[stream] = low_bytes
+
+    def unwatch_writes(self, stream: QuicSendStream) -> None:
+        self._writers.pop(stream, None)
+
+    def forget_if_done(self, stream: QuicSendStream | QuicReceiveStream) -> None:
+        """Drops the stream from the books once both of its halves are over."""
+        if (not isinstance(stream, QuicSendStream) or stream.send_is_over) and (
+            not isinstance(stream, QuicReceiveStream) or stream.receive_is_over
+        ):
+            self._streams.pop(stream.id, None)
+            self.stats.streams_open = len(self._streams)
+
+    def _remember(self, stream: QuicSendStream | QuicReceiveStream) -> None:
+        self._streams[stream.id] = stream
+        self.stats.streams_open = len(self._streams)
+
+    # --- for the endpoint ---
+
+    def receive_udp(self, datagram: bytes, address: Address, now: float) -> None:
+        """Feeds one UDP datagram to the engine. `after_input` is owed after a batch."""
+        stats = self.stats
+        stats.udp_datagrams_received += 1
+        stats.bytes_received += len(datagram)
+        if self.engine.receive(datagram, address, now):
+            stats.received_at = now
+            self.address = address
+
+    def after_input(self) -> None:
+        """Passes on what the engine reports and wakes senders whose bytes were acknowledged."""
+        self.engine.report(self)
+        self.stats.rtt_s = self.engine.rtt_s
+        for stream, low_bytes in list(self._writers.items()):
+            if stream.unsent_bytes <= low_bytes:
+                stream.on_writable()
+
+    def after_output(self) -> None:
+        """Passes on what a send pass made the engine report: new connection ids, mostly."""
+        self.engine.report(self)
+
+    # --- Sink ---
+
+    def handshake_completed(self, protocol: str) -> None:
+        self._protocol = protocol
+        self.is_established = True
+        self._wake()
+        self._driver.handshake_completed(self)
+
+    def stream_data_received(self, stream_id: int, data: bytes, end: bool) -> None:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            stream = self._incoming(stream_id)
+        if not isinstance(stream, QuicReceiveStream):
+            # We have forgotten it, having stopped it; its bytes still count as consumed.
+            self.consumed(stream_id, len(data))
+            return
+        stream.on_data(data, end)
+        if end:
+            self.forget_if_done(stream)
+
+    def stream_reset(self, stream_id: int, code: int) -> None:
+        stream = self._streams.get(stream_id) or self._incoming(stream_id)
+        if isinstance(stream, QuicReceiveStream):
+            stream.on_receive_failed(ResetByPeer(code))
+            self.forget_if_done(stream)
+
+    def stream_stopped(self, stream_id: int, code: int) -> None:
+        stream = self._streams.get(stream_id) or self._incoming(stream_id)
+        if isinstance(stream, QuicSendStream):
+            stream.on_send_failed(StoppedByPeer(code))
+            self.forget_if_done(stream)
+
+    def streams_available(self) -> None:
+        self._wake()
+
+    def datagram_received(self, data: bytes) -> None:
+        self.stats.datagrams_received += 1
+        self.datagrams.on_datagram(data)
+
+    def connection_id_issued(self, connection_id: bytes) -> None:
+        self.connection_ids.add(connection_id)
+        self._driver.connection_id_issued(self, connection_id)
+
+    def connection_id_retired(self, connection_id: bytes) -> None:
+        self.connection_ids.discard(connection_id)
+        self._driver.connection_id_retired(self, connection_id)
+
+    def closed(self, error: ConnectionClosed) -> None:
+        if self._close_error is not None:
+            return
+        self._close_error = error
+        for stream in list(self._streams.values()):
+            self._fail(stream, error)
+        self._streams.clear()
+        self._writers.clear()
+        self.stats.streams_open = 0
+        self.datagrams.wake()
+        self._wake()
+        if not self._closed.done():
+            self._closed.set_result(None)
+        self._driver.connection_closed(self)
+
+    @staticmethod
+    def _fail(stream: QuicSendStream | QuicReceiveStream, error: QuorateError) -> None:
+        if isinstance(stream, QuicSendStream):
+            stream.on_send_failed(error)
+        if isinstance(stream, QuicReceiveStream):
+            stream.on_receive_failed(error)
+
+    def _incoming(self, stream_id: int) -> QuicSendStream | QuicReceiveStream | None:
+        """The stream that the peer opens with this event; None for one of the past.
+
+        The lowest bits of an id tell who opened the stream and its directions (RFC 9000, 2.1).
+        """
+        opened_by_client = stream_id & 1 == 0
+        if opened_by_client == self.is_client or stream_id in self._handed_out:
+            return None
+        if len(self._handed_out) >= self._handed_out_max:
+            # The engine reports nothing more of a stream that it has dropped.
+            self._handed_out = {known for known in self._handed_out if self.engine.has_stream(known)}
+            self._handed_out_max = max(_HANDED_OUT_MIN, 2 * len(self._handed_out))
+        self._handed_out.add(stream_id)
+        stream: QuicBiStream | QuicReceiveStream
+        if stream_id & 2 == 0:
+            stream = QuicBiStream(self, stream_id, Priority.NORMAL)
+            self._incoming_bi.append(stream)
+        else:
+            stream = QuicReceiveStream(self, stream_id)
+            self._incoming_uni.append(stream)
+        self._remember(stream)
+        self._wake()
+        return stream

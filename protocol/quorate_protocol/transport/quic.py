@@ -1,0 +1,191 @@
+"""`connect` and `listen` for raw QUIC links."""
+
+import asyncio
+import socket
+from collections import deque
+from typing import Final
+
+from quorate_protocol.errors import Code, ConfigurationError, ConnectFailed, ConnectionClosed, ServerClosed
+from quorate_protocol.transport.address import LinkUrl, join_host_port, parse_listen_address, parse_url
+from quorate_protocol.transport.api import ClientTls, Connection, Server, ServerTls
+from quorate_protocol.transport.connection import QuicConnection
+from quorate_protocol.transport.endpoint import Endpoint, bind_udp
+from quorate_protocol.transport.engine import AioquicFactory
+
+#: Application protocol of agents and operators (RFC 7301).
+ALPN: Final = "quorate/1"
+
+#: Transport codes 0x100 to 0x1ff are TLS alerts (RFC 9001, 4.8).
+_ALERT_FIRST: Final = 0x100
+_ALERT_NO_APPLICATION_PROTOCOL: Final = _ALERT_FIRST + 120
+_ALERTS_CERTIFICATE: Final = frozenset(_ALERT_FIRST + alert for alert in (42, 43, 44, 45, 46, 48))
+
+
+async def connect(
+    url: str, *, tls: ClientTls | None = None, timeout_s: float = 10.0, protocols: tuple[str, ...] = (ALPN,)
+) -> Connection:
+    """Opens a link to a coordinator; returns when the handshake is complete.
+
+    Args:
+        url: `quic://HOST[:PORT]`. Where the name has several addresses, each is tried in turn.
+        tls: whom to trust; None trusts the system's authorities.
+        timeout_s: seconds for all of it.
+        protocols: application protocols to offer, best first.
+
+    Raises:
+        ConfigurationError: `url` is not an address, or the authorities' file cannot be read.
+        ConnectFailed: nobody there, not trusted, or another protocol.
+    """
+    parsed = parse_url(url)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(timeout_s):
+            try:
+                found = await loop.getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_DGRAM)
+            except (OSError, UnicodeError) as error:
+                raise ConnectFailed(url, f"the host name {parsed.host!r} cannot be resolved ({error})") from error
+            problem: ConnectFailed | None = None
+            for family, _, _, _, address in found:
+                try:
+                    return await _connect_to(parsed, family, address, tls or ClientTls(), list(protocols))
+                except ConnectFailed as error:
+                    problem = problem or error
+            assert problem is not None
+            raise problem
+    except TimeoutError:
+        raise ConnectFailed(
+            url,
+            f"no answer within {timeout_s:g} s; is the coordinator running, and does the network let UDP "
+            f"port {parsed.port} through?",
+        ) from None
+
+
+async def _connect_to(
+    url: LinkUrl, family: int, address: tuple[object, ...], tls: ClientTls, protocols: list[str]
+) -> Connection:
+    factory = AioquicFactory()
+    engine = factory.client(tls, url.host, protocols)
+    try:
+        endpoint = Endpoint(bind_udp(family, None), factory)
+    except OSError as error:
+        raise ConnectFailed(str(url), str(error)) from error
+    try:
+        connection = endpoint.connect(engine, address)
+        await connection.wait_established()
+    except ConnectionClosed as error:
+        await endpoint.close(Code.NO_ERROR, "")
+        raise ConnectFailed(str(url), _explain(error, tls, protocols)) from None
+    except OSError as error:
+        await endpoint.close(Code.NO_ERROR, "")
+        raise ConnectFailed(str(url), str(error)) from error
+    except BaseException:
+        await endpoint.close(Code.NO_ERROR, "")
+        raise
+    return connection
+
+
+def _explain(error: ConnectionClosed, tls: ClientTls, protocols: list[str]) -> str:
+    if not error.transport:
+        return error.reason or str(error)
+    if error.code == _ALERT_NO_APPLICATION_PROTOCOL:
+        return f"the server speaks none of {', '.join(protocols)}; is it a Quorate coordinator of this version?"
+    if error.code in _ALERTS_CERTIFICATE and not error.by_peer:
+        trusted = f"the authorities in {tls.ca_file}" if tls.ca_file else "the system's authorities"
+        return f"the server's certificate is not trusted by {trusted}: {error.reason}"
+    return str(error)
+
+
+class QuicServer(Server):
+    """A listening endpoint."""
+
+    def __init__(self, sock: socket.socket, factory: AioquicFactory, protocols: list[str], backlog: int) -> None:
+        self._factory = factory
+        self._protocols = protocols
+        self._backlog = backlog
+        self._ready: deque[QuicConnection] = deque()
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._closed = False
+        self._endpoint = Endpoint(sock, factory, on_connection=self._on_connection)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port, *_ = self._endpoint.address
+        return host, port
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """For counters."""
+        return self._endpoint
+
+    async def accept(self) -> Connection:
+        while True:
+            while self._ready:
+                connection = self._ready.popleft()
+                if not connection.is_closed:
+                    return connection
+            if self._closed:
+                raise ServerClosed("the server was closed")
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled():
+                    self._wake_one()
+                raise
+            finally:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+
+    def reload_tls(self, tls: ServerTls) -> None:
+        self._factory.set_server(tls, self._protocols)
+
+    async def close(self, code: int = Code.SHUTDOWN, reason: str = "") -> None:
+        self._closed = True
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        await self._endpoint.close(code, reason)
+
+    def _on_connection(self, connection: QuicConnection) -> None:
+        if len(self._ready) >= self._backlog:
+            connection.abort(Code.BUSY, "too many connections wait to be accepted")
+            return
+        self._ready.append(connection)
+        self._wake_one()
+
+    def _wake_one(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+
+async def listen(
+    address: str, *, tls: ServerTls, protocols: tuple[str, ...] = (ALPN,), backlog: int = 1024
+) -> QuicServer:
+    """Listens for links.
+
+    Args:
+        address: `HOST:PORT` or `[IPV6]:PORT`; port 0 lets the kernel choose.
+        tls: certificate and key to show.
+        protocols: application protocols to accept, best first.
+        backlog: connections that may wait to be accepted; more are turned away as busy.
+
+    Raises:
+        ConfigurationError: not an address, the address is taken or not ours, certificate or key
+            cannot be read.
+    """
+    host, port = parse_listen_address(address)
+    factory = AioquicFactory()
+    factory.set_server(tls, list(protocols))
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, socket_address = found[0]
+        sock = bind_udp(family, socket_address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigurationError("listen", f"cannot listen on {join_host_port(host, port)}: {reason}") from error
+    return QuicServer(sock, factory, list(protocols), backlog)
