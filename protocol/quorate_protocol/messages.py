@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
+from quorate_protocol.bodies import decode_body
 from quorate_protocol.errors import MessageInvalid, UnknownType
 from quorate_protocol.frames import encode_frame
 from quorate_protocol.limits import BODY_BYTES_MAX, LABELS_MAX, NAME_BYTES_MAX, TASKS_MAX, TEXT_CHARS_MAX
@@ -43,7 +44,7 @@ class Message(BaseModel):
 
     wire_type: ClassVar[str]
 
-    def __init_subclass__(cls, type: str, **kwargs: Any) -> None:  # noqa: A002  the keyword that subclasses read
+    def __init_subclass__(cls, type: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.wire_type = type
         _TYPES[type] = cls
@@ -240,6 +241,11 @@ class AgentResult(BaseModel):
     #: The learner's weight when the answer was combined.
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
+    @property
+    def value(self) -> Any:
+        """The unpacked body; None without one."""
+        return None if self.body is None else decode_body(self.body)
+
 
 class Outcome(Message, type="outcome"):
     """How a round ended: answers `ask`."""
@@ -258,6 +264,11 @@ class Outcome(Message, type="outcome"):
     duration_s: Seconds
     #: With a state other than complete and quorate: what went wrong.
     reason: Text = ""
+
+    @property
+    def value(self) -> Any:
+        """The unpacked answer; None without one."""
+        return None if self.answer is None else decode_body(self.answer)
 
 
 class Reveal(Message, type="reveal"):

@@ -1,0 +1,93 @@
+"""Logging of every Quorate process: events with fields, to standard error.
+
+Call `configure` once, where the process begins. Modules write `structlog.get_logger()` and
+`log.info("round closed", round=…)`.
+"""
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any, Final, Literal, TextIO
+
+import structlog
+
+from quorate_protocol.errors import ConfigurationError
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "json", "console"]
+
+_LEVELS: Final[dict[str, int]] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+#: Field names whose values never reach a log, whatever code wrote them.
+_SECRET_FIELDS: Final = frozenset({"token", "authorization", "password", "secret"})
+
+
+def configure(
+    level: str = "info",
+    format: str = "auto",
+    *,
+    stream: TextIO | None = None,
+) -> None:
+    """Sets up structlog, and sends the standard library's logging through it at WARNING and above.
+
+    Args:
+        level: `debug`, `info`, `warning` or `error`: of Quorate's own events.
+        format: `json` (one object per line), `console` (for people), or `auto`: console on a terminal.
+        stream: where to; None is standard error.
+
+    Raises:
+        ConfigurationError: no such level or format.
+    """
+    if level not in _LEVELS:
+        raise ConfigurationError("log level", f"{level!r} is none of {', '.join(_LEVELS)}")
+    if format not in ("auto", "json", "console"):
+        raise ConfigurationError("log format", f"{format!r} is none of auto, json, console")
+    stream = sys.stderr if stream is None else stream
+    on_terminal = stream.isatty()
+    as_json = format == "json" or (format == "auto" and not on_terminal)
+
+    before: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso" if as_json else "%H:%M:%S", utc=as_json),
+        _redact,
+    ]
+    after: list[structlog.typing.Processor]
+    if as_json:
+        after = [
+            structlog.processors.format_exc_info,
+            structlog.processors.UnicodeDecoder(),
+            structlog.processors.JSONRenderer(default=repr),
+        ]
+    else:
+        # Plain tracebacks: the rich ones print local variables, and a token may be among them.
+        after = [structlog.dev.ConsoleRenderer(colors=on_terminal, exception_formatter=structlog.dev.plain_traceback)]
+    structlog.configure(
+        processors=[*before, *after],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        cache_logger_on_first_use=False,
+    )
+
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*before, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *after],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+
+
+def _redact(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for name in _SECRET_FIELDS.intersection(event):
+        event[name] = "[not logged]"
+    return event
