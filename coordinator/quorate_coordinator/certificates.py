@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from quorate_protocol.errors import ConfigurationError
+from quorate_protocol.state_dir import CA_NAME, CERTIFICATE_NAME, KEY_NAME, TOKEN_NAME
 from quorate_protocol.transport import ServerTls
 
 _AUTHORITY_LIFE: Final = datetime.timedelta(days=3650)
@@ -67,27 +68,29 @@ def ensure_development_credentials(
     """
     now = now or datetime.datetime.now(datetime.UTC)
     files = DevelopmentCredentials(
-        state_dir / "ca.pem", state_dir / "certificate.pem", state_dir / "key.pem", state_dir / "token"
+        state_dir / CA_NAME, state_dir / CERTIFICATE_NAME, state_dir / KEY_NAME, ensure_token(state_dir)
     )
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        ensure_token(files.token_file)
         ensure_certificate(files, names=names, now=now)
     except OSError as error:
-        raise ConfigurationError(
-            "state_dir", f"cannot write {error.filename or state_dir}: {error.strerror}"
-        ) from error
+        raise _unwritable(state_dir, error) from error
     return files
 
 
-def ensure_token(token_file: Path) -> None:
-    """Writes a random token (43 characters, 256 bits) where there is none.
+def ensure_token(state_dir: Path) -> Path:
+    """The token's file in `state_dir`; a random token (256 bits, 43 characters) is written where there is none.
 
     Raises:
-        OSError: it cannot be written.
+        ConfigurationError: it cannot be written.
     """
-    if not token_file.exists():
-        _write(token_file, secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n", private=True)
+    token_file = state_dir / TOKEN_NAME
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not token_file.exists():
+            _write(token_file, secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n", private=True)
+    except OSError as error:
+        raise _unwritable(state_dir, error) from error
+    return token_file
 
 
 def ensure_certificate(files: DevelopmentCredentials, *, names: Iterable[str] = (), now: datetime.datetime) -> bool:
@@ -138,6 +141,10 @@ def ensure_certificate(files: DevelopmentCredentials, *, names: Iterable[str] = 
     _write(files.key_file, _key_pem(key), private=True)
     _write(files.certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
     return True
+
+
+def _unwritable(state_dir: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError("state_dir", f"cannot write {error.filename or state_dir}: {error.strerror or error}")
 
 
 def _is_good(files: DevelopmentCredentials, wanted: list[x509.GeneralName], now: datetime.datetime) -> bool:

@@ -11,6 +11,7 @@ sent: object arrays and unknown extensions are refused.
 
 import datetime
 import math
+import re
 from typing import Any, Final
 
 import msgpack
@@ -20,16 +21,25 @@ from quorate_protocol.errors import FrameMalformed, LocalError
 #: msgpack extension type of a NumPy array.
 EXT_NDARRAY: Final = 1
 
-#: dtype kinds that are plain numbers, times or fixed-size text. `O` (Python objects) and `V`
-#: (structured, may hide objects) never travel.
-_DTYPE_KINDS: Final = frozenset("biufcmMSU")
+#: dtypes that mean the same on every machine: truth values, numbers of a stated size and byte order, times
+#: with a unit, text and bytes of fixed size. Not Python objects, not structures (they may hide objects),
+#: not `long double` (its size and format differ), no aliases (`long` differs too).
+_DTYPE: Final = re.compile(
+    r"\|(b1|i1|u1)|[<>](i[248]|u[248]|f[248]|c8|c16|[mM]8\[([1-9][0-9]{0,8})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])"
+    r"|\|S[1-9][0-9]{0,8}|[<>]U[1-9][0-9]{0,8}"
+)
+
+#: Beyond the last code point of Unicode, and the surrogates, which are no characters.
+_CODE_POINT_MAX: Final = 0x10FFFF
+_SURROGATES: Final = (0xD800, 0xDFFF)
 
 #: More dimensions than NumPy 1 allowed are nobody's data.
 _DIMENSIONS_MAX: Final = 32
 
 
 def encode_body(value: Any) -> bytes:
-    """Packs a value as msgpack. Tuples become lists, NumPy scalars become numbers.
+    """Packs a value as msgpack. Tuples become lists, NumPy scalars become numbers (times and complex numbers,
+    which have no msgpack form, arrays without dimensions).
 
     Raises:
         LocalError: the value holds something that cannot travel (a set, a class instance, an
@@ -60,10 +70,10 @@ def _pack_default(value: Any) -> Any:
     if hasattr(value, "__array_interface__") and hasattr(value, "dtype"):
         import numpy  # only who sends arrays needs it
 
-        if isinstance(value, numpy.generic):
+        if isinstance(value, numpy.generic) and value.dtype.kind in "biuf":
             return value.item()
         array = numpy.asarray(value)
-        if array.dtype.kind not in _DTYPE_KINDS:
+        if not _DTYPE.fullmatch(array.dtype.str):
             raise TypeError(f"a NumPy array of dtype {array.dtype} cannot travel, only plain numbers, times and text")
         return msgpack.ExtType(
             EXT_NDARRAY, msgpack.packb([array.dtype.str, list(array.shape), array.tobytes()], use_bin_type=True)
@@ -88,10 +98,19 @@ def _unpack_ext(code: int, data: bytes) -> Any:
         import numpy
     except ImportError as error:
         raise FrameMalformed("body holds a NumPy array, but NumPy is not installed here") from error
+    if not _DTYPE.fullmatch(dtype_name):
+        raise FrameMalformed("array extension has an unknown dtype")
     try:
         dtype = numpy.dtype(dtype_name)
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise FrameMalformed("array extension has an unknown dtype") from error
-    if dtype.kind not in _DTYPE_KINDS or math.prod(shape) * dtype.itemsize != len(raw):
-        raise FrameMalformed("array extension: dtype, shape and size do not agree")
-    return numpy.frombuffer(raw, dtype=dtype).reshape(shape)
+        if math.prod(shape) * dtype.itemsize != len(raw):
+            raise FrameMalformed("array extension: dtype, shape and size do not agree")
+        array = numpy.frombuffer(raw, dtype=dtype).reshape(shape)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FrameMalformed("array extension has an impossible dtype or shape") from error
+    if dtype.kind == "U":
+        # NumPy takes any 32 bits for a character and raises SystemError when it is looked at.
+        codes = numpy.frombuffer(raw, dtype=dtype_name[0] + "u4")
+        first, last = _SURROGATES
+        if bool(((codes > _CODE_POINT_MAX) | ((codes >= first) & (codes <= last))).any()):
+            raise FrameMalformed("array extension holds text that is not Unicode")
+    return array

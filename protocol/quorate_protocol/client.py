@@ -157,8 +157,9 @@ class Client:
         channel = Channel(await self._connection.open_bi_stream(Priority.HIGH))
         try:
             await channel.send(request)
-            await channel.finish()
             answer = await channel.expect(answer_type, CallError)
+            # Tells the coordinator that the answer has arrived.
+            await channel.finish()
         except QuorateError:
             raise
         except BaseException:

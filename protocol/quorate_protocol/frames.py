@@ -115,4 +115,7 @@ def _decode_payload(payload: bytes) -> dict[str, Any]:
         raise FrameMalformed(f"payload is not msgpack: {type(error).__name__}") from error
     if not isinstance(value, dict):
         raise FrameMalformed(f"payload is a msgpack {type(value).__name__}, not a map")
+    for key in value:
+        if type(key) is not str:  # msgpack's strict keys may be bytes too
+            raise FrameMalformed("payload has a key that is not text")
     return value

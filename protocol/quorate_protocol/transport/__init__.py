@@ -14,6 +14,7 @@ from quorate_protocol.transport.api import (
     ReceiveStream,
     SendStream,
     Server,
+    ServerStats,
     ServerTls,
 )
 from quorate_protocol.transport.quic import ALPN, connect, listen
@@ -29,6 +30,7 @@ __all__ = [
     "ReceiveStream",
     "SendStream",
     "Server",
+    "ServerStats",
     "ServerTls",
     "connect",
     "listen",

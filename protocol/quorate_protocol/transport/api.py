@@ -64,6 +64,26 @@ class ConnectionStats:
     received_at: float = field(default=0.0)
 
 
+@dataclass(slots=True)
+class ServerStats:
+    """Counters of one listening endpoint; they only grow, except the gauges named so."""
+
+    #: Gauge: connections that live now, handshakes included.
+    connections: int = 0
+    #: Gauge: handshakes that are not complete.
+    handshakes: int = 0
+    udp_datagrams_received: int = 0
+    udp_datagrams_sent: int = 0
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    #: Datagrams for no known connection: scans, garbage, and the tails of connections that are gone.
+    udp_datagrams_unknown: int = 0
+    #: Datagrams that the kernel would not take; QUIC sends their content again.
+    udp_datagrams_dropped: int = 0
+    #: Handshakes turned away because too many were under way.
+    handshakes_refused: int = 0
+
+
 class SendStream(ABC):
     """The sending half of a stream."""
 
@@ -91,6 +111,15 @@ class SendStream(ABC):
     @abstractmethod
     def unsent_bytes(self) -> int:
         """Bytes handed over and not acknowledged by the peer's transport yet."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Returns when the peer's transport has acknowledged everything sent so far.
+
+        Raises:
+            StoppedByPeer: the peer stopped this stream.
+            ConnectionClosed: the connection is over.
+        """
 
     @abstractmethod
     async def finish(self) -> None:
@@ -204,6 +233,10 @@ class Connection(ABC):
         """Tells the peer and ends the connection at once: what was not delivered is lost. More calls do nothing."""
 
     @abstractmethod
+    def abort(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
+        """As `close`, for callers that cannot await."""
+
+    @abstractmethod
     async def wait_closed(self) -> None:
         """Returns when the connection is over, whoever ended it. `close_error` tells how."""
 
@@ -228,6 +261,8 @@ class Connection(ABC):
 
 class Server(ABC):
     """Accepts connections. Iterating yields each one when its handshake is complete."""
+
+    stats: ServerStats
 
     @property
     @abstractmethod

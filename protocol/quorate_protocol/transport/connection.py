@@ -163,7 +163,6 @@ class QuicConnection(Connection):
         self.abort(code, reason)
 
     def abort(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
-        """`close` for callers that cannot await."""
         if self._close_error is not None:
             return
         self.engine.close(code, reason[:TEXT_CHARS_MAX])

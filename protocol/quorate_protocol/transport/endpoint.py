@@ -20,6 +20,7 @@ from typing import Final
 
 from quorate_protocol.errors import Code, ConnectionClosed
 from quorate_protocol.limits import CONNECTIONS_MAX, HANDSHAKES_MAX
+from quorate_protocol.transport.api import ServerStats
 from quorate_protocol.transport.connection import QuicConnection
 from quorate_protocol.transport.engine import Address, Engine, EngineFactory
 
@@ -67,16 +68,9 @@ class Endpoint:
         self._accepting = on_connection is not None
         self._closing = False
         self._gone: asyncio.Future[None] = self._loop.create_future()
-        self.unknown_datagrams = 0
-        self.dropped_datagrams = 0
-        self.refused_handshakes = 0
+        self.stats = ServerStats()
         self._cid_bytes = factory.connection_id_bytes
         self._loop.add_reader(sock.fileno(), self._on_readable)
-
-    @property
-    def connections(self) -> int:
-        """Connections that live now, handshakes included."""
-        return len(self._connections)
 
     @property
     def address(self) -> Address:
@@ -128,16 +122,11 @@ class Endpoint:
             del self._routes[connection_id]
 
     def handshake_completed(self, connection: QuicConnection) -> None:
-        timeout = self._handshakes.pop(connection, None)
-        if timeout is not None:
-            timeout.cancel()
-            if self._on_connection is not None:
-                self._on_connection(connection)
+        if self._end_handshake(connection) and self._on_connection is not None:
+            self._on_connection(connection)
 
     def connection_closed(self, connection: QuicConnection) -> None:
-        timeout = self._handshakes.pop(connection, None)
-        if timeout is not None:
-            timeout.cancel()
+        self._end_handshake(connection)
         self.wants_turn(connection)
 
     # --- reading ---
@@ -156,6 +145,8 @@ class Endpoint:
                 if error.errno == errno.ECONNREFUSED and self._refuse():
                     return
                 continue
+            self.stats.udp_datagrams_received += 1
+            self.stats.bytes_received += len(datagram)
             connection = self._route(datagram, address, now)
             if connection is not None:
                 connection.receive_udp(datagram, address, now)
@@ -182,7 +173,7 @@ class Endpoint:
 
     def _route(self, datagram: bytes, address: Address, now: float) -> QuicConnection | None:
         if len(datagram) < 1 + self._cid_bytes:
-            self.unknown_datagrams += 1
+            self.stats.udp_datagrams_unknown += 1
             return None
         if datagram[0] & 0x80:
             # A long header carries the length of its destination id (RFC 9000, 17.2).
@@ -195,7 +186,7 @@ class Endpoint:
         return connection
 
     def _accept(self, datagram: bytes, address: Address) -> QuicConnection | None:
-        self.unknown_datagrams += 1
+        self.stats.udp_datagrams_unknown += 1
         if not self._accepting or not datagram[0] & 0x80:
             return None
         arrival = self._factory.inspect(datagram)
@@ -206,7 +197,7 @@ class Endpoint:
         if not arrival.opens:
             return None
         if len(self._handshakes) >= HANDSHAKES_MAX or len(self._connections) >= CONNECTIONS_MAX:
-            self.refused_handshakes += 1
+            self.stats.handshakes_refused += 1
             return None
         connection = QuicConnection(self._factory.server(arrival), self, address, is_client=False)
         self._add(connection)
@@ -216,6 +207,7 @@ class Endpoint:
         self._handshakes[connection] = self._loop.call_later(
             HANDSHAKE_TIMEOUT_S, connection.abort, Code.NO_ERROR, "handshake took too long"
         )
+        self.stats.handshakes = len(self._handshakes)
         return connection
 
     # --- sending ---
@@ -249,17 +241,19 @@ class Endpoint:
                 self._sock.send(datagram)
             else:
                 self._sock.sendto(datagram, address)
+            self.stats.udp_datagrams_sent += 1
+            self.stats.bytes_sent += len(datagram)
         except (BlockingIOError, InterruptedError):
             self._keep_unsent(datagram, address)
             self._loop.add_writer(self._sock.fileno(), self._on_writable)
         except OSError:
             # No route, an ICMP error, an address that went away: for QUIC a lost packet.
-            self.dropped_datagrams += 1
+            self.stats.udp_datagrams_dropped += 1
 
     def _keep_unsent(self, datagram: bytes, address: Address) -> None:
         if len(self._unsent) >= _UNSENT_DATAGRAMS_MAX:
             self._unsent.popleft()
-            self.dropped_datagrams += 1
+            self.stats.udp_datagrams_dropped += 1
         self._unsent.append((datagram, address))
 
     def _on_writable(self) -> None:
@@ -297,19 +291,28 @@ class Endpoint:
 
     # --- bookkeeping ---
 
+    def _end_handshake(self, connection: QuicConnection) -> bool:
+        """Stops the clock of a server's handshake; False when none was running."""
+        timeout = self._handshakes.pop(connection, None)
+        if timeout is None:
+            return False
+        timeout.cancel()
+        self.stats.handshakes = len(self._handshakes)
+        return True
+
     def _add(self, connection: QuicConnection) -> None:
         self._connections.add(connection)
+        self.stats.connections = len(self._connections)
         connection.connection_ids.add(connection.engine.initial_connection_id)
         self._routes[connection.engine.initial_connection_id] = connection
 
     def _drop(self, connection: QuicConnection) -> None:
         self._connections.discard(connection)
+        self.stats.connections = len(self._connections)
         timer = self._timers.pop(connection, None)
         if timer is not None:
             timer.cancel()
-        timeout = self._handshakes.pop(connection, None)
-        if timeout is not None:
-            timeout.cancel()
+        self._end_handshake(connection)
         for connection_id in connection.connection_ids:
             if self._routes.get(connection_id) is connection:
                 del self._routes[connection_id]

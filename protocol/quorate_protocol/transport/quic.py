@@ -106,16 +106,12 @@ class QuicServer(Server):
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._closed = False
         self._endpoint = Endpoint(sock, factory, on_connection=self._on_connection)
+        self.stats = self._endpoint.stats
 
     @property
     def address(self) -> tuple[str, int]:
         host, port, *_ = self._endpoint.address
         return host, port
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """For counters."""
-        return self._endpoint
 
     async def accept(self) -> Connection:
         while True:

@@ -63,6 +63,14 @@ class QuicSendStream(SendStream):
     def unsent_bytes(self) -> int:
         return self._connection.engine.unacknowledged_bytes(self.id)
 
+    async def flush(self) -> None:
+        while self.unsent_bytes:
+            if self._send_error is not None:
+                raise self._send_error
+            if self._connection.close_error is not None:
+                raise self._connection.close_error
+            await self._wait_below(0)
+
     async def finish(self) -> None:
         if self._send_ended or self._send_error is not None:
             return

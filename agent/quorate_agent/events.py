@@ -1,0 +1,287 @@
+"""What can happen to an agent's core (events) and what it asks of its shell (instructions).
+
+Bodies and truths are opaque msgpack bytes here; the core never looks into them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+
+class EndingKind(Enum):
+    """Why an agent stopped for good."""
+
+    #: It was asked to, and finished what it had or ran out of time for it.
+    STOPPED = "stopped"
+    #: The coordinator does not let it in and will not later.
+    REFUSED = "refused"
+    #: Another agent took its id.
+    REPLACED = "replaced"
+    #: No coordinator could be reached for as long as it was told to try.
+    UNREACHABLE = "unreachable"
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectFailed:
+    """An attempt to connect came to nothing."""
+
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectGivenUp:
+    """Connecting has failed for as long as this agent was told to try."""
+
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """A connection is there and its control stream is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """The connection is over, or is to be treated so."""
+
+    reason: str
+    #: The peer closed it with the code `REPLACED`.
+    replaced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WelcomeReceived:
+    """The coordinator let the agent in."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalReceived:
+    """The coordinator did not let the agent in."""
+
+    reason: str
+    message: str
+    retry: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AssignmentReceived:
+    """A round asks this agent."""
+
+    round: int
+    task: str
+    body: bytes
+    #: Seconds left until the round's end when it was received, at most.
+    deadline_s: float
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CancellationReceived:
+    """A round does not want this agent's reply any more."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackReceived:
+    """The truth of a round became known."""
+
+    round: int
+    task: str
+    truth: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReceived:
+    """The coordinator sends no more assignments in this session."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerReturned:
+    """A handler is done; every started one ends with one of Returned, Declined, Failed, also when cancelled."""
+
+    work: int
+    #: The packed answer; empty for feedback.
+    body: bytes = b""
+    #: Seconds that the handler ran.
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerDeclined:
+    """A task's handler raised `Declined`."""
+
+    work: int
+    reason: str
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerFailed:
+    """A handler raised, or its answer cannot travel."""
+
+    work: int
+    #: What to tell the operator: the exception's type and the first line of its text.
+    error: str
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """The process is asked to end: finish what is there, then leave."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainTimedOut:
+    """What was there has not finished in time."""
+
+
+Event = (
+    ConnectFailed
+    | ConnectGivenUp
+    | LinkUp
+    | LinkDown
+    | WelcomeReceived
+    | RefusalReceived
+    | AssignmentReceived
+    | CancellationReceived
+    | FeedbackReceived
+    | DrainReceived
+    | HandlerReturned
+    | HandlerDeclined
+    | HandlerFailed
+    | StopRequested
+    | DrainTimedOut
+)
+
+
+# --- instructions --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SendHello:
+    """Send `hello` on the control stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCoordination:
+    """Open the coordination stream of this session."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendReply:
+    """Send `reply` on the coordination stream."""
+
+    round: int
+    attempt: int
+    status: Literal["replied", "declined", "failed"]
+    body: bytes | None = None
+    error: str = ""
+    #: Seconds that the handler ran.
+    compute_s: float = 0.0
+    #: Seconds that the assignment waited because other handlers ran.
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StartAssignment:
+    """Run the task's handler."""
+
+    work: int
+    round: int
+    attempt: int
+    task: str
+    body: bytes
+    #: When the round ends, in the core's time.
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class StartFeedback:
+    """Run the task's feedback handler."""
+
+    work: int
+    round: int
+    task: str
+    body: bytes
+    truth: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CancelHandler:
+    """Nobody waits for this handler: cancel it, or tell it. Its end is still an event."""
+
+    work: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendDrain:
+    """Send `drain` on the control stream: no more assignments, please."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """See that all replies are delivered, then send `goodbye` and close the connection."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLink:
+    """Close the connection: nothing of worth is on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnect:
+    """Close what is left of the connection, wait, and connect again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """This agent is done; after `Leave` where both are given."""
+
+    kind: EndingKind
+    reason: str
+    #: With REFUSED: the refusal's short reason, such as `unauthenticated`.
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Tell the operator of this agent."""
+
+    level: Literal["debug", "info", "warning", "error"]
+    event: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+Instruction = (
+    SendHello
+    | OpenCoordination
+    | SendReply
+    | StartAssignment
+    | StartFeedback
+    | CancelHandler
+    | SendDrain
+    | Leave
+    | CloseLink
+    | Reconnect
+    | Stop
+    | Log
+)

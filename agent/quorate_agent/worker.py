@@ -1,0 +1,289 @@
+"""The shell round the agent's core: the connection, its streams, the clock and the handlers.
+
+One turn: something arrives or ends, it becomes an event, the core answers with instructions, and they
+are carried out at once, in order. What takes time (connecting, leaving, handlers) runs beside and ends
+in an event again.
+"""
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import structlog
+
+from quorate_agent import events as ev
+from quorate_agent.agent import Agent, check_concurrency, check_labels, check_name
+from quorate_agent.backoff import Backoff
+from quorate_agent.core import AgentCore, Counts, State
+from quorate_agent.running import HandlerRunner
+from quorate_agent.session import Session
+from quorate_protocol import __version__
+from quorate_protocol.errors import Code, ConnectFailed, ConnectionClosed, LocalError, Refused
+from quorate_protocol.limits import HELLO_BYTES_MAX
+from quorate_protocol.messages import Hello, Welcome
+from quorate_protocol.transport import ClientTls, Connection, connect
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+#: Seconds for a handshake, all addresses of the name together.
+CONNECT_TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a worker stopped."""
+
+    kind: ev.EndingKind
+    #: For people.
+    message: str
+    #: With REFUSED: the short reason, such as `unauthenticated`.
+    refusal: str = ""
+
+    def raise_if_error(self) -> None:
+        """Raises what fits the ending; returns when the worker was asked to stop.
+
+        Raises:
+            Refused: the coordinator does not let this agent in.
+            ConnectionClosed: with code `REPLACED`: another agent took the id.
+            ConnectFailed: no coordinator was reached in time.
+        """
+        if self.kind is ev.EndingKind.REFUSED:
+            raise Refused(self.refusal, self.message)
+        if self.kind is ev.EndingKind.REPLACED:
+            raise ConnectionClosed(Code.REPLACED, self.message, by_peer=True)
+        if self.kind is ev.EndingKind.UNREACHABLE:
+            raise ConnectFailed("coordinator", self.message)
+
+
+class Worker:
+    """Runs an agent against one coordinator. `run` may be called once.
+
+    Args:
+        agent: What to run; checked.
+        url: `quic://HOST[:PORT]`.
+        agent_id: Identity in the fleet.
+        token: Bearer token; never logged.
+        tls: Whom to trust; None trusts the system's authorities.
+        labels: Added to the agent's, and winning over them.
+        concurrency: Instead of the agent's.
+        drain_timeout_s: Seconds that handlers may go on after a stop or drain was asked for.
+        max_wait_s: Seconds without a coordinator after which to give up; None never does.
+        rng: Jitter of the reconnections; None makes a generator of its own.
+
+    Raises:
+        AgentInvalid: the agent or an argument is wrong.
+        LocalError: its tasks and labels are too long together.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        url: str,
+        *,
+        agent_id: str,
+        token: str,
+        tls: ClientTls | None = None,
+        labels: Mapping[str, str] | None = None,
+        concurrency: int | None = None,
+        drain_timeout_s: float = 30.0,
+        max_wait_s: float | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        agent.check()
+        self._agent = agent
+        self._agent_id = check_name("agent id", agent_id)
+        self._url = url
+        self._tls = tls
+        self._concurrency = agent.concurrency if concurrency is None else check_concurrency(concurrency)
+        self._drain_timeout_s = drain_timeout_s
+        self._max_wait_s = max_wait_s
+        self._hello = Hello(
+            id=self._agent_id,
+            token=token,
+            instance=secrets.token_hex(8),
+            labels=check_labels({**agent.labels, **(labels or {})}),
+            tasks=list(agent.tasks),
+            software=f"quorate-agent/{__version__}",
+        ).to_frame()
+        if len(self._hello) > HELLO_BYTES_MAX:
+            raise LocalError(
+                f"the agent's tasks and labels make a hello of {len(self._hello)} bytes, over the {HELLO_BYTES_MAX} "
+                "that a coordinator takes: shorten them"
+            )
+        self._core = AgentCore(tasks=agent.tasks, feedback_tasks=agent.feedback_handlers, concurrency=self._concurrency)
+        self._runner: HandlerRunner | None = None
+        self._backoff = Backoff(rng or random.Random())  # noqa: S311  jitter is no secret
+        self._session: Session | None = None
+        self._peer = ""
+        #: What `run` waits for that a stop may cut short: connecting, or a pause.
+        self._interruptible: asyncio.Task[Any] | None = None
+        self._ending: Ending | None = None
+        self._ended: asyncio.Event = asyncio.Event()
+        self._drain_timer: asyncio.TimerHandle | None = None
+        #: Monotonic seconds: since when there has been no session; when the present or last one began.
+        self._alone_since = 0.0
+        self._session_began_at: float | None = None
+        self._reconnect_reason = ""
+
+    @property
+    def counts(self) -> Counts:
+        """What happened since the start."""
+        return self._core.counts
+
+    @property
+    def state(self) -> State:
+        """Where the agent stands with its coordinator."""
+        return self._core.state
+
+    def request_stop(self, reason: str) -> None:
+        """Finish what is there, say goodbye, end `run`. To be called in the event loop; more calls do nothing."""
+        self._apply(ev.StopRequested(reason))
+        if self._interruptible is not None:
+            self._interruptible.cancel()
+
+    async def run(self) -> Ending:
+        """Works until it is stopped, refused for good, replaced, or gives up. Returns which.
+
+        Cancelling it closes the connection and cancels the handlers.
+
+        Raises:
+            ConfigurationError: the URL is none, or the authorities' file cannot be read.
+        """
+        runner = self._runner = HandlerRunner(self._agent, self._agent_id, self._concurrency, self._apply)
+        self._alone_since = time.monotonic()
+        try:
+            while self._ending is None:
+                if self._core.state is State.DRAINING:
+                    # Asked to stop while there is no link: what runs may finish.
+                    await self._ended.wait()
+                elif (connection := await self._connect()) is not None:
+                    await self._serve(connection)
+                if self._core.state is State.CONNECTING:
+                    await self._pause()
+            return self._ending
+        finally:
+            self._set_drain_timer(False)
+            await runner.close()
+
+    # --- connecting ---
+
+    async def _connect(self) -> Connection | None:
+        timeout_s = CONNECT_TIMEOUT_S
+        if self._max_wait_s is not None:
+            left_s = self._alone_since + self._max_wait_s - time.monotonic()
+            if left_s <= 0:
+                problem = f"no coordinator at {self._url} within {self._max_wait_s:g} s"
+                why = f": {self._reconnect_reason}" if self._reconnect_reason else ""
+                self._apply(ev.ConnectGivenUp(problem + why))
+                return None
+            timeout_s = min(timeout_s, left_s)
+        log.debug("connecting", coordinator=self._url, agent=self._agent_id)
+        try:
+            return await self._unless_stopped(connect(self._url, tls=self._tls, timeout_s=timeout_s))
+        except ConnectFailed as error:
+            self._apply(ev.ConnectFailed(error.problem))
+            return None
+
+    async def _pause(self) -> None:
+        """Waits before the next attempt, and says so."""
+        now = time.monotonic()
+        began_at, self._session_began_at = self._session_began_at, None
+        if began_at is None:
+            delay_s = self._backoff.fail()
+        else:
+            delay_s = self._backoff.end_session(now - began_at)
+            self._alone_since = now
+        if self._max_wait_s is not None:
+            delay_s = min(delay_s, max(0.0, self._alone_since + self._max_wait_s - now))
+        if began_at is None:
+            text = f"cannot connect to {self._url}, retrying in {delay_s:.1f} s"
+        else:
+            text = f"session is over, connecting to {self._url} again in {delay_s:.1f} s"
+        log.warning(
+            text,
+            coordinator=self._url,
+            agent=self._agent_id,
+            reason=self._reconnect_reason,
+            attempt=self._backoff.failures,
+            retry_in_s=round(delay_s, 3),
+        )
+        await self._unless_stopped(asyncio.sleep(delay_s))
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of `work`; None when a stop was requested before it was there."""
+        task = asyncio.create_task(work)
+        self._interruptible = task
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if not task.cancelled() or (current is not None and current.cancelling()):
+                raise
+            return None
+        finally:
+            self._interruptible = None
+
+    # --- one session ---
+
+    async def _serve(self, connection: Connection) -> None:
+        """From the handshake until the connection is over."""
+        self._peer = connection.peer
+        self._session = Session(
+            connection, hello=self._hello, agent_id=self._agent_id, apply=self._apply, welcomed=self._on_welcomed
+        )
+        try:
+            await self._session.run()
+        finally:
+            self._session = None
+
+    def _on_welcomed(self, welcome: Welcome) -> None:
+        self._session_began_at = time.monotonic()
+        log.info(
+            "joined",
+            coordinator=self._peer,
+            agent=self._agent_id,
+            session=welcome.session,
+            tasks=list(self._agent.tasks),
+            software=welcome.software,
+        )
+
+    # --- the core ---
+
+    def _apply(self, event: ev.Event) -> None:
+        """Tells the core, and does what it says."""
+        for instruction in self._core.handle(event, time.monotonic()):
+            self._execute(instruction)
+        self._set_drain_timer(self._core.state is State.DRAINING)
+
+    def _execute(self, instruction: ev.Instruction) -> None:
+        match instruction:
+            case ev.StartAssignment() | ev.StartFeedback():
+                assert self._runner is not None, "work comes over links, and `run` opens them"
+                self._runner.start(instruction)
+            case ev.CancelHandler(work):
+                assert self._runner is not None, "what runs was started"
+                self._runner.cancel(work)
+            case ev.Reconnect(reason):
+                self._reconnect_reason = reason
+            case ev.Stop(kind, reason, refusal):
+                self._ending = Ending(kind, reason, refusal)
+                self._ended.set()
+            case ev.Log(level, text, fields):
+                getattr(log, level)(text, agent=self._agent_id, **fields)
+            case _:
+                assert self._session is not None, "the core has a link only while there is a session"
+                self._session.execute(instruction)
+
+    def _set_drain_timer(self, wanted: bool) -> None:
+        if wanted and self._drain_timer is None:
+            loop = asyncio.get_running_loop()
+            self._drain_timer = loop.call_later(self._drain_timeout_s, self._apply, ev.DrainTimedOut())
+        elif not wanted and self._drain_timer is not None:
+            self._drain_timer.cancel()
+            self._drain_timer = None

@@ -1,0 +1,224 @@
+"""What the fleet's registry speaks in: an agent's states and what moves them, events, instructions, members.
+
+Moments and times are seconds, on the clock of the registry's `now`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Literal, NamedTuple
+
+#: `connected`, `suspect` and `draining` members have a link; `lost` and `left` ones are remembered for a while.
+MemberState = Literal["connected", "suspect", "draining", "lost", "left"]
+
+
+class Change(StrEnum):
+    """What moves a membership. The text is for people: it stands in the diagram."""
+
+    JOINED = "hello with a new session"
+    SILENT = "silent for suspect_after_s"
+    HEARD = "heard again"
+    LEASE_EXPIRED = "silent for lease_s"
+    LINK_BROKEN = "link broken"
+    DRAINING = "drain"
+    LEFT = "goodbye"
+
+
+class Transition(NamedTuple):
+    """One row of the table."""
+
+    source: MemberState
+    change: Change
+    target: MemberState
+
+
+#: The whole table; what is not in it changes nothing.
+TRANSITIONS: Final = (
+    Transition("connected", Change.SILENT, "suspect"),
+    Transition("connected", Change.JOINED, "connected"),
+    Transition("connected", Change.DRAINING, "draining"),
+    Transition("connected", Change.LINK_BROKEN, "lost"),
+    Transition("connected", Change.LEFT, "left"),
+    Transition("suspect", Change.HEARD, "connected"),
+    Transition("suspect", Change.JOINED, "connected"),
+    Transition("suspect", Change.DRAINING, "draining"),
+    Transition("suspect", Change.LEASE_EXPIRED, "lost"),
+    Transition("suspect", Change.LINK_BROKEN, "lost"),
+    Transition("suspect", Change.LEFT, "left"),
+    Transition("draining", Change.JOINED, "connected"),
+    Transition("draining", Change.LEASE_EXPIRED, "lost"),
+    Transition("draining", Change.LINK_BROKEN, "lost"),
+    Transition("draining", Change.LEFT, "left"),
+    Transition("lost", Change.JOINED, "connected"),
+    Transition("left", Change.JOINED, "connected"),
+)
+
+#: The same, for looking up.
+NEXT: Final[dict[tuple[MemberState, Change], MemberState]] = {
+    (row.source, row.change): row.target for row in TRANSITIONS
+}
+
+
+# --- events ---
+
+
+@dataclass(frozen=True, slots=True)
+class AgentJoined:
+    """A hello was authenticated and awaits its welcome."""
+
+    agent: str
+    #: Made by the shell, never used before.
+    session: str
+    #: The agent's process, as it says.
+    instance: str
+    labels: Mapping[str, str]
+    tasks: tuple[str, ...]
+    #: Where it connects from, for people.
+    address: str
+    #: The agent's software and version, for people.
+    software: str
+
+
+@dataclass(frozen=True, slots=True)
+class PacketSeen:
+    """Something came from an agent just now."""
+
+    agent: str
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseChecked:
+    """When agents were last heard, as their links' transport knows it; leases that are over then end.
+
+    The agents are those of `lease_due`, each by its current session's link.
+    """
+
+    #: Agent to the moment, on the clock of `now`. One left out was not heard since it was last reported.
+    last_seen_at: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The moment of `next_timer` has come, and there is nothing to report: `LeaseChecked` of nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkBroken:
+    """A link ended without a goodbye."""
+
+    agent: str
+    session: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentDraining:
+    """An agent wants no more assignments (its own `drain`), or an operator wants it to have none."""
+
+    agent: str
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLeft:
+    """An agent said goodbye."""
+
+    agent: str
+    session: str
+    reason: str = ""
+
+
+Event = AgentJoined | PacketSeen | LeaseChecked | TimerFired | LinkBroken | AgentDraining | AgentLeft
+
+
+# --- instructions ---
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitAgent:
+    """Welcome this session: the agent may be asked from now on."""
+
+    agent: str
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseAgent:
+    """Answer this session's hello with a refusal. It is no member."""
+
+    agent: str
+    session: str
+    #: As in the wire's `refusal`.
+    reason: Literal["full"]
+    message: str
+    #: Whether the same hello may be accepted later.
+    retry: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceLink:
+    """Close the old session's link as replaced; a new one has taken over. `DeclareLost` of the old follows."""
+
+    agent: str
+    old_session: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeclareSuspect:
+    """Report an agent as silent for too long; nothing else changes for it."""
+
+    agent: str
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeclareReturned:
+    """Report a suspect agent as heard again."""
+
+    agent: str
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeclareLost:
+    """This session is over: tell the rounds that the agent is lost, and close the session's link if it lives."""
+
+    agent: str
+    session: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeclareLeft:
+    """This session is over by the agent's own will: for rounds it is as lost, and no fault."""
+
+    agent: str
+    session: str
+    reason: str
+
+
+Instruction = AdmitAgent | RefuseAgent | ReplaceLink | DeclareSuspect | DeclareReturned | DeclareLost | DeclareLeft
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One agent as it stands; a copy. Moments are on the clock of `now`."""
+
+    agent: str
+    session: str
+    instance: str
+    state: MemberState
+    labels: Mapping[str, str]
+    #: Sorted.
+    tasks: tuple[str, ...]
+    address: str
+    software: str
+    #: When this session began.
+    joined_at: float
+    #: When it was last heard, as far as reported.
+    last_seen_at: float
+    #: When it came to its state.
+    state_since: float
+    #: With lost and left: why.
+    reason: str

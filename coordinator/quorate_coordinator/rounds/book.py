@@ -1,0 +1,312 @@
+"""All rounds: those in flight, and those that are closed and remembered.
+
+What an event costs. It depends on the agents of the rounds that it touches and never on how many
+rounds are in flight: timers are a heap, `AgentLost` goes by an index of each agent's rounds, and a
+reply goes straight to its round.
+
+What is bounded, and what happens beyond (`BookLimits`):
+
+- rounds in flight, in all and for each agent: a request over it is rejected as `busy`;
+- bytes of replies held by rounds in flight: requests are rejected as `busy` while they are used up,
+  and a reply that finds no room counts as `failed`;
+- closed rounds that await their truth, by count and by bytes: the oldest is forgotten, and counted;
+- what is known of closed rounds after that (to tell a duplicate from a stranger): dropped silently,
+  oldest first.
+
+Feedback. A round's truth goes to its agents as soon as it is revealed, and instructions are carried
+out in order; so an operator that reveals in round order has feedback in round order, each before any
+assignment that is asked for later. When truths come out of order, feedback follows the truths: one
+that may never come must not hold back the others. The round's number is in the feedback.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Final, assert_never
+
+from quorate_coordinator.rounds.events import (
+    AgentLost,
+    CoordinatorStopped,
+    DrainRequested,
+    Event,
+    ReplyReceived,
+    RoundCancelled,
+    RoundRequested,
+    TimerFired,
+    TruthRevealed,
+)
+from quorate_coordinator.rounds.instructions import (
+    AnnounceDrained,
+    Instruction,
+    NoteForgotten,
+    NoteStray,
+    Outcome,
+    RejectReason,
+    RejectRequest,
+    StrayKind,
+)
+from quorate_coordinator.rounds.policy import NobodySelected, PolicyConflict
+from quorate_coordinator.rounds.round import Round, RoundEvent
+from quorate_coordinator.rounds.shelf import Shelf
+from quorate_coordinator.timers import Timers
+from quorate_protocol.messages import RoundState
+
+#: What a closed round costs beside the bodies of its replies, in bytes: a result with its floats and
+#: its places in tuples (230 were measured), and the round itself.
+_RESULT_BYTES: Final = 256
+_ROUND_BYTES: Final = 1024
+
+#: The same once its outcome is let go, in bytes: a place in a tuple and one in the set of those owing (42 were
+#: measured where everybody owes).
+_TRACE_AGENT_BYTES: Final = 80
+
+_NO_ROOM: Final = "the coordinator has no room for more replies"
+
+
+@dataclass(frozen=True, slots=True)
+class BookLimits:
+    """Ceilings of one coordinator's rounds."""
+
+    #: Rounds in flight in all.
+    in_flight_max: int = 1024
+    #: Rounds in flight that wait for one agent: what it may owe at once.
+    in_flight_per_agent_max: int = 64
+    #: Bytes of reply bodies and errors that rounds in flight hold together.
+    reply_bytes_max: int = 512 << 20
+    #: Closed rounds that await their truth.
+    remembered_max: int = 10_000
+    #: Bytes that those hold together, as estimated.
+    remembered_bytes_max: int = 256 << 20
+    #: Closed rounds that are known by number and agents only: their truth came, or was given up.
+    traces_max: int = 4096
+    #: Bytes that those hold together, as estimated.
+    traces_bytes_max: int = 32 << 20
+
+
+class RoundBook:
+    """The one door to all rounds: `handle`. Round numbers start at 1 and go up by 1."""
+
+    def __init__(self, limits: BookLimits | None = None) -> None:
+        self.limits: Final = BookLimits() if limits is None else limits
+        self._rounds: dict[int, Round] = {}
+        #: Agent to the rounds that wait for it, in their order. No agent without one.
+        self._rounds_of: dict[str, dict[int, None]] = {}
+        #: Round in flight to the bytes of the replies it holds; may lack one without replies.
+        self._held_bytes_of: dict[int, int] = {}
+        self._held_bytes = 0
+        self._timers: Timers[int] = Timers()
+        self._remembered: Shelf[Round] = Shelf(
+            count_max=self.limits.remembered_max, bytes_max=self.limits.remembered_bytes_max
+        )
+        self._traces: Shelf[Round] = Shelf(count_max=self.limits.traces_max, bytes_max=self.limits.traces_bytes_max)
+        self._last_id = 0
+        self._now = float("-inf")
+        self._is_draining = False
+        self._is_drained = False
+        #: Rounds closed so far, by state. Only grows.
+        self.closed_counts: Counter[RoundState] = Counter()
+        #: Replies that did not count, by kind. Only grows.
+        self.stray_counts: Counter[StrayKind] = Counter()
+        #: Closed rounds forgotten before their truth came. Only grows.
+        self.forgotten_count = 0
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Takes what happened at `now` (monotonic seconds); returns what to do about it, in order.
+
+        Afterwards `next_timer` may have changed. Rounds whose time is over by `now` close first. A
+        `now` before an earlier one counts as that one.
+        """
+        now = self._now = max(now, self._now)
+        instructions = self._close_due(now)
+        match event:
+            case ReplyReceived():
+                instructions += self._take_reply(event, now)
+            case RoundRequested():
+                instructions += self._take_request(event, now)
+            case TruthRevealed():
+                instructions += self._take_truth(event, now)
+            case AgentLost(agent):
+                for round_id in tuple(self._rounds_of.get(agent, ())):
+                    instructions += self._step(self._rounds[round_id], event, now)
+                    self._unindex(agent, round_id)
+            case RoundCancelled(round_id):
+                if (round_ := self._rounds.get(round_id)) is not None:
+                    instructions += self._step(round_, event, now)
+            case DrainRequested():
+                self._is_draining = True
+            case CoordinatorStopped():
+                self._is_draining = True
+                for round_ in tuple(self._rounds.values()):
+                    instructions += self._step(round_, event, now)
+            case TimerFired():
+                pass  # `_close_due` has seen to it
+            case _:
+                assert_never(event)
+        if self._is_draining and not self._rounds and not self._is_drained:
+            self._is_drained = True
+            instructions.append(AnnounceDrained())
+        return instructions
+
+    def next_timer(self) -> float | None:
+        """The moment at or after which a `TimerFired` is owed; None when none is."""
+        return self._timers.next_at()
+
+    # --- for status and metrics ---
+
+    @property
+    def in_flight(self) -> int:
+        """Rounds open or in grace."""
+        return len(self._rounds)
+
+    def in_flight_of(self, agent: str) -> int:
+        """Rounds that wait for one agent."""
+        return len(self._rounds_of.get(agent, ()))
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are rejected for good."""
+        return self._is_draining
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of replies that rounds in flight hold."""
+        return self._held_bytes
+
+    @property
+    def remembered(self) -> int:
+        """Closed rounds that await their truth."""
+        return len(self._remembered)
+
+    @property
+    def remembered_bytes(self) -> int:
+        """What those hold, as estimated."""
+        return self._remembered.held_bytes
+
+    @property
+    def traces(self) -> int:
+        """Closed rounds known by number and agents only."""
+        return len(self._traces)
+
+    # --- what events do ---
+
+    def _take_request(self, event: RoundRequested, now: float) -> list[Instruction]:
+        everyone = event.selected + event.unavailable
+        if self._is_draining:
+            return [_reject(event, "draining", "the coordinator is draining: it opens no new rounds", retry=True)]
+        if len(set(everyone)) < len(everyone):
+            return [_reject(event, "bad-request", "selected: an agent is named twice", retry=False)]
+        try:
+            round_ = Round(self._last_id + 1, event, now)
+        except NobodySelected:
+            return [_reject(event, "no-agents", f"no agent can be asked to {event.task}", retry=True)]
+        except PolicyConflict as conflict:
+            return [_reject(event, "bad-request", str(conflict), retry=False)]
+        if (busy := self._explain_busy(event.selected)) is not None:
+            return [_reject(event, "busy", busy, retry=True)]
+        self._last_id = round_.id
+        instructions = round_.open(event.body)
+        if not round_.is_closed:
+            self._rounds[round_.id] = round_
+            for agent in round_.asked:
+                self._rounds_of.setdefault(agent, {})[round_.id] = None
+        return instructions + self._settle(round_)
+
+    def _explain_busy(self, agents: tuple[str, ...]) -> str | None:
+        limits = self.limits
+        if len(self._rounds) >= limits.in_flight_max:
+            return f"{len(self._rounds)} rounds are in flight, as many as there may be"
+        if self._held_bytes >= limits.reply_bytes_max:
+            return f"rounds in flight hold {self._held_bytes} bytes of replies, as many as there may be"
+        for agent in agents:
+            if self.in_flight_of(agent) >= limits.in_flight_per_agent_max:
+                return f"{self.in_flight_of(agent)} rounds wait for agent {agent}, as many as may"
+        return None
+
+    def _take_reply(self, event: ReplyReceived, now: float) -> list[Instruction]:
+        round_ = self._find(event.round)
+        if round_ is None:
+            self.stray_counts["unknown"] += 1
+            return [NoteStray("unknown", event.round, event.agent)]
+        was_working = round_.is_working(event.agent)
+        reply_bytes = len(event.body or b"") + len(event.error)
+        if was_working and self._held_bytes + reply_bytes > self.limits.reply_bytes_max:
+            event = replace(event, status="failed", body=None, error=_NO_ROOM)
+            reply_bytes = 0  # that text is one for all
+        instructions = round_.handle(event, now)
+        if not was_working or round_.is_working(event.agent):
+            for instruction in instructions:
+                if isinstance(instruction, NoteStray):
+                    self.stray_counts[instruction.kind] += 1
+            return instructions
+        if not round_.is_closed:
+            self._unindex(event.agent, round_.id)
+            self._held_bytes += reply_bytes
+            self._held_bytes_of[round_.id] = self._held_bytes_of.get(round_.id, 0) + reply_bytes
+        return instructions + self._settle(round_)
+
+    def _take_truth(self, event: TruthRevealed, now: float) -> list[Instruction]:
+        round_ = self._find(event.round)
+        if round_ is None:
+            known = 1 <= event.round <= self._last_id
+            message = f"round {event.round} is not remembered any more" if known else f"there is no round {event.round}"
+            return [RejectRequest(event.request_id, "unknown-round", message, retry=False)]
+        was_awaited = round_.outcome is not None
+        instructions = round_.handle(event, now)
+        if was_awaited:
+            self._remembered.take(round_.id)
+            self._keep_trace(round_)
+        return instructions
+
+    # --- keeping the books ---
+
+    def _find(self, round_id: int) -> Round | None:
+        return self._rounds.get(round_id) or self._remembered.get(round_id) or self._traces.get(round_id)
+
+    def _close_due(self, now: float) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        if (due_at := self._timers.next_at()) is not None and due_at <= now:
+            for round_id in self._timers.pop_due(now):
+                instructions += self._step(self._rounds[round_id], TimerFired(), now)
+        return instructions
+
+    def _step(self, round_: Round, event: RoundEvent, now: float) -> list[Instruction]:
+        """Hands an event to a round in flight, and the books follow."""
+        return round_.handle(event, now) + self._settle(round_)
+
+    def _settle(self, round_: Round) -> list[Instruction]:
+        """Sets the round's timer; or, when it has closed, takes it out of flight and remembers it."""
+        if not round_.is_closed:
+            self._timers.set(round_.id, round_.due_at)
+            return []
+        outcome = round_.outcome
+        assert outcome is not None
+        self._rounds.pop(round_.id, None)
+        self._timers.drop(round_.id)
+        for agent in round_.asked:
+            self._unindex(agent, round_.id)
+        self._held_bytes -= self._held_bytes_of.pop(round_.id, 0)
+        self.closed_counts[outcome.state] += 1
+        forgotten = self._remembered.put(round_.id, round_, _estimate_bytes(outcome))
+        for old in forgotten:
+            old.forget()
+            self._keep_trace(old)
+        self.forgotten_count += len(forgotten)
+        return [NoteForgotten(old.id) for old in forgotten]
+
+    def _keep_trace(self, round_: Round) -> None:
+        self._traces.put(round_.id, round_, _ROUND_BYTES + _TRACE_AGENT_BYTES * len(round_.asked))
+
+    def _unindex(self, agent: str, round_id: int) -> None:
+        rounds = self._rounds_of.get(agent)
+        if rounds is not None:
+            rounds.pop(round_id, None)
+            if not rounds:
+                del self._rounds_of[agent]
+
+
+def _reject(request: RoundRequested, reason: RejectReason, message: str, *, retry: bool) -> RejectRequest:
+    return RejectRequest(request.request_id, reason, message, retry)
+
+
+def _estimate_bytes(outcome: Outcome) -> int:
+    texts = sum(len(result.body or b"") + len(result.error) for result in outcome.results)
+    return _ROUND_BYTES + _RESULT_BYTES * len(outcome.results) + texts

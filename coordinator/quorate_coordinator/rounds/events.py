@@ -1,0 +1,98 @@
+"""What can happen to rounds: the only input of the core. Times are seconds."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from quorate_coordinator.rounds.policy import RoundPolicy
+
+ReplyStatus = Literal["replied", "declined", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRequested:
+    """Somebody wants a round."""
+
+    #: The shell's own name for the request; comes back in what answers it.
+    request_id: int
+    task: str
+    #: What the agents are asked, packed; passed on untouched.
+    body: bytes
+    #: Agents to ask, each reachable now.
+    selected: tuple[str, ...]
+    #: Agents that belong to the round but cannot be reached: they count as selected and end as `unavailable`.
+    unavailable: tuple[str, ...]
+    policy: RoundPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyReceived:
+    """An agent answered an assignment, or said why it does not."""
+
+    round: int
+    agent: str
+    attempt: int
+    status: ReplyStatus
+    #: The answer, packed; with `replied`.
+    body: bytes | None
+    #: With `declined` and `failed`: why.
+    error: str = ""
+    #: Seconds that the agent's handler ran, as the agent says.
+    compute_s: float = 0.0
+    #: Seconds that the assignment waited at the agent, as the agent says.
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLost:
+    """An agent is gone (its lease or its link ended, or it left): what it worked on will not come."""
+
+    agent: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCancelled:
+    """Its operator does not want the round any more. One that is closed or unknown is not touched."""
+
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TruthRevealed:
+    """Somebody knows the right answer of a round."""
+
+    #: The shell's own name for the call.
+    request_id: int
+    round: int
+    #: Packed; passed on untouched.
+    truth: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The moment of `next_timer` has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """No new rounds from now on; those in flight go on to their end. More of these change nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorStopped:
+    """The coordinator ends without waiting: what is in flight closes as `interrupted`, nothing new is opened."""
+
+    reason: str
+
+
+Event = (
+    RoundRequested
+    | ReplyReceived
+    | AgentLost
+    | RoundCancelled
+    | TruthRevealed
+    | TimerFired
+    | DrainRequested
+    | CoordinatorStopped
+)

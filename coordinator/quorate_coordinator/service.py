@@ -1,0 +1,409 @@
+"""The coordinator: what listens, who is let in, and how it ends."""
+
+import asyncio
+import datetime
+import hmac
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, Self
+
+import structlog
+
+from quorate_coordinator.certificates import (
+    DevelopmentCredentials,
+    ensure_certificate,
+    ensure_development_credentials,
+    ensure_token,
+)
+from quorate_coordinator.fleet import Fleet
+from quorate_coordinator.gather import Gatherer
+from quorate_coordinator.http import HttpServer
+from quorate_coordinator.learner.api import Learner
+from quorate_coordinator.learner.fixed_share import LEARNING_RATE, SHARE
+from quorate_coordinator.learner.vote import VoteLearner
+from quorate_coordinator.metrics import Metrics, Sources
+from quorate_coordinator.operators import Operators
+from quorate_coordinator.rounds.book import BookLimits
+from quorate_coordinator.rounds.policy import RoundPolicy
+from quorate_coordinator.settings import Settings
+from quorate_protocol import __version__
+from quorate_protocol.channel import Channel
+from quorate_protocol.credentials import find_token
+from quorate_protocol.errors import (
+    Code,
+    ConfigurationError,
+    LinkError,
+    ProtocolError,
+    QuorateError,
+    Refused,
+    ServerClosed,
+)
+from quorate_protocol.limits import FRAME_BYTES_MAX, HELLO_BYTES_MAX
+from quorate_protocol.messages import AgentInfo, Hello, Refusal
+from quorate_protocol.messages import Fleet as FleetListing
+from quorate_protocol.transport import BiStream, Connection, ReceiveStream, Server, ServerTls, listen
+
+log = structlog.get_logger()
+
+#: How often the development certificate is looked at, in seconds.
+_CERTIFICATE_CHECK_S: Final = 3600.0
+
+#: How long a refused client may take to read why, in seconds.
+_REFUSAL_TIMEOUT_S: Final = 2.0
+
+#: Streams that a stranger may open beside its first before the connection is closed.
+_STRANGER_STREAMS_MAX: Final = 16
+
+
+class Coordinator:
+    """A coordinator in this process and loop.
+
+    ::
+
+        async with Coordinator(Settings()) as coordinator:
+            host, port = coordinator.address
+            ...
+
+    Args:
+        settings: checked settings.
+        learner: None makes the one that the settings name.
+    """
+
+    def __init__(self, settings: Settings, *, learner: Learner | None = None) -> None:
+        self.settings: Final = settings
+        self.metrics: Final = Metrics()
+        self.started_at_unix_s = time.time()
+        self._learner: Learner = learner or _make_learner(settings)
+        self._server: Server | None = None
+        self._http = HttpServer(self.metrics.registry, lambda: self.is_ready)
+        self._token = ""
+        self._is_draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._fleet: Fleet
+        self._gatherer: Gatherer
+        self._operators: Operators
+        self._handshakes_total: Counter[str] = Counter()
+        self._protocol_errors_total: Counter[str] = Counter()
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Listens; returns when agents and operators may come.
+
+        Raises:
+            ConfigurationError: an address is taken, a file cannot be read.
+        """
+        settings = self.settings
+        tls, self._token, development = _credentials(settings)
+        sessions = settings.sessions
+        self._fleet = Fleet(
+            lease_s=sessions.lease_s,
+            pulse_s=sessions.pulse_s,
+            open_timeout_s=sessions.hello_timeout_s,
+            on_reply=lambda agent, reply: self._gatherer.reply_received(agent, reply),
+            on_lost=lambda agent, reason: self._gatherer.agent_lost(agent, reason),
+        )
+        self._gatherer = Gatherer(
+            self._fleet,
+            self._learner,
+            policy=_policy(settings),
+            limits=BookLimits(
+                in_flight_max=settings.rounds.in_flight_max,
+                in_flight_per_agent_max=settings.rounds.in_flight_per_agent_max,
+                remembered_max=settings.rounds.remembered_max,
+            ),
+            observe_duration=self.metrics.observe_duration,
+        )
+        self._operators = Operators(self._gatherer, self.list_fleet, pulse_s=sessions.pulse_s, lease_s=sessions.lease_s)
+        self._server = await listen(settings.listen, tls=tls)
+        try:
+            if settings.http_address is not None:
+                await self._http.start(*settings.http_address)
+        except BaseException:
+            await self._server.close()
+            raise
+        self.metrics.attach(
+            Sources(
+                started_at_unix_s=self.started_at_unix_s,
+                fleet=self._fleet,
+                gatherer=self._gatherer,
+                operators=self._operators,
+                server=self._server.stats,
+                handshakes_total=self._handshakes_total,
+                protocol_errors_total=self._protocol_errors_total,
+            )
+        )
+        self._spawn(self._accept(self._server), "accept")
+        if development is not None:
+            self._spawn(self._renew_certificate(self._server, development), "certificate")
+        log.info(
+            "coordinator_started",
+            listen=f"{self.address[0]}:{self.address[1]}",
+            http=None if self._http.address is None else f"{self._http.address[0]}:{self._http.address[1]}",
+            state_dir=str(settings.state_dir),
+            version=__version__,
+        )
+
+    async def drain(self, timeout_s: float | None = None) -> bool:
+        """Takes no new agents, operators or rounds; returns when the rounds in flight are over and told.
+
+        Args:
+            timeout_s: None is the setting `sessions.drain_s`.
+
+        Returns:
+            False when the time was not enough: what was left closed as interrupted.
+        """
+        timeout_s = self.settings.sessions.drain_s if timeout_s is None else timeout_s
+        self._is_draining = True
+        log.info("draining", rounds_open=self._gatherer.book.in_flight)
+        in_time = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._gatherer.drain()
+        except TimeoutError:
+            in_time = False
+            log.warning("drain_timed_out", rounds_open=self._gatherer.book.in_flight)
+            self._gatherer.stop("the coordinator was stopped")
+        await self._operators.finish(1.0)
+        return in_time
+
+    async def close(self) -> None:
+        """Ends at once: rounds in flight close as interrupted, agents are told goodbye."""
+        if self._server is None:
+            return
+        self._is_draining = True
+        self._gatherer.stop("the coordinator was stopped")
+        await self._operators.finish(1.0)
+        await self._fleet.close("the coordinator stops")
+        server, self._server = self._server, None
+        await server.close(Code.SHUTDOWN, "the coordinator stops")
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._http.close()
+        log.info("coordinator_stopped")
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    # --- what it is ---
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """UDP host and port that are really bound."""
+        assert self._server is not None, "not started"
+        return self._server.address
+
+    @property
+    def http_address(self) -> tuple[str, int] | None:
+        """TCP host and port of the HTTP endpoints; None when they are off."""
+        return self._http.address
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether rounds are taken."""
+        return self._server is not None and not self._is_draining
+
+    def list_fleet(self) -> FleetListing:
+        """Everybody who is known, for `agents` calls."""
+        now = asyncio.get_running_loop().time()
+        weights: dict[str, dict[str, float]] = {}
+        for score in self._learner.scores():
+            for agent, agent_score in score.agents.items():
+                weights.setdefault(agent, {})[score.task] = agent_score.weight
+        assignments: Counter[str] = Counter()
+        replies: Counter[str] = Counter()
+        for (agent, status), count in self._gatherer.agent_replies_total.items():
+            assignments[agent] += count
+            if status == "replied":
+                replies[agent] += count
+        infos = []
+        for member in self._fleet.registry.agents():
+            latency = self._learner.latency(member.agent)
+            is_live = member.state in ("connected", "suspect", "draining")
+            infos.append(
+                AgentInfo(
+                    agent=member.agent,
+                    state=member.state,
+                    labels=dict(member.labels),
+                    tasks=list(member.tasks),
+                    address=member.address,
+                    software=member.software,
+                    connected_s=now - member.joined_at if is_live else 0.0,
+                    last_seen_s=max(0.0, now - self._fleet.last_seen_at(member)),
+                    assignments=assignments[member.agent],
+                    replies=replies[member.agent],
+                    latency_p50_s=None if latency is None else latency.p50_s,
+                    latency_p99_s=None if latency is None else latency.p99_s,
+                    weights=weights.get(member.agent, {}),
+                )
+            )
+        closed: Counter[str] = Counter()
+        for (_, state), count in self._gatherer.rounds_total.items():
+            closed[state] += count
+        return FleetListing(
+            software=f"quorate/{__version__}",
+            uptime_s=time.time() - self.started_at_unix_s,
+            draining=self._is_draining,
+            rounds_open=self._gatherer.book.in_flight,
+            rounds_closed=dict(closed),
+            agents=infos,
+        )
+
+    # --- connections ---
+
+    async def _accept(self, server: Server) -> None:
+        while True:
+            try:
+                connection = await server.accept()
+            except ServerClosed:
+                return
+            self._spawn(self._serve(connection), f"connection {connection.peer}")
+
+    async def _serve(self, connection: Connection) -> None:
+        """One connection, from its hello to its end. Whatever a peer does, it ends here."""
+        code, reason = Code.NO_ERROR, ""
+        try:
+            channel, hello = await self._greet(connection)
+            try:
+                self._admit(connection, hello)
+                channel.allow(FRAME_BYTES_MAX)
+                if hello.role == "agent":
+                    await self._fleet.serve(connection, channel, hello)
+                else:
+                    await self._operators.serve(connection, channel, hello)
+            except Refused as refusal:
+                code, reason = Code.REFUSED, refusal.reason
+                await _refuse(connection, channel, refusal)
+        except TimeoutError:
+            self._handshakes_total["timeout"] += 1
+            code, reason = Code.REFUSED, f"no hello within {self.settings.sessions.hello_timeout_s:g} s"
+        except ProtocolError as error:
+            self._protocol_errors_total[error.code.name] += 1
+            log.warning("protocol_error", address=connection.peer, problem=str(error))
+            code, reason = error.code, error.code.name
+        except QuorateError as error:
+            log.debug("connection_ended", address=connection.peer, reason=str(error))
+        except Exception:
+            log.exception("connection_failed", address=connection.peer)
+            code = Code.INTERNAL
+        finally:
+            connection.abort(code, reason)
+
+    async def _greet(self, connection: Connection) -> tuple[Channel, Hello]:
+        """Who is there.
+
+        Raises:
+            TimeoutError: it does not say.
+            LinkError: it went.
+            ProtocolError: it does not speak our protocol.
+        """
+        async with asyncio.timeout(self.settings.sessions.hello_timeout_s):
+            channel = Channel(await connection.accept_bi_stream(), frame_bytes_max=HELLO_BYTES_MAX)
+            guards = [asyncio.create_task(_turn_away(connection, accept)) for accept in _accepts(connection)]
+            try:
+                hello = await channel.expect(Hello)
+            finally:
+                for guard in guards:
+                    guard.cancel()
+        assert isinstance(hello, Hello)
+        return channel, hello
+
+    def _admit(self, connection: Connection, hello: Hello) -> None:
+        """Whether a stranger becomes one of us.
+
+        Raises:
+            Refused: it does not.
+        """
+        if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+            self._handshakes_total["unauthenticated"] += 1
+            log.warning("unauthenticated", role=hello.role, id=hello.id, address=connection.peer)
+            raise Refused("unauthenticated", "the token is not this coordinator's")
+        if self._is_draining:
+            self._handshakes_total["draining"] += 1
+            raise Refused("draining", "the coordinator is draining", retry=True)
+        self._handshakes_total["welcome"] += 1
+
+    async def _renew_certificate(self, server: Server, files: DevelopmentCredentials) -> None:
+        while True:
+            await asyncio.sleep(_CERTIFICATE_CHECK_S)
+            try:
+                now = datetime.datetime.now(datetime.UTC)
+                if ensure_certificate(files, names=self.settings.tls.names, now=now):
+                    server.reload_tls(files.tls)
+                    log.info("certificate_renewed", file=str(files.certificate_file))
+            except (OSError, ConfigurationError) as error:
+                log.error("certificate_not_renewed", problem=str(error))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _accepts(connection: Connection) -> list[Callable[[], Awaitable[ReceiveStream]]]:
+    return [connection.accept_bi_stream, connection.accept_uni_stream]
+
+
+async def _turn_away(connection: Connection, accept: Callable[[], Awaitable[ReceiveStream]]) -> None:
+    """Refuses what a stranger opens beside its first stream."""
+    try:
+        for _ in range(_STRANGER_STREAMS_MAX):
+            stream = await accept()
+            stream.stop(Code.REFUSED)
+            if isinstance(stream, BiStream):
+                stream.reset(Code.REFUSED)
+    except LinkError:
+        return
+    connection.abort(Code.REFUSED, "too many streams before hello")
+
+
+async def _refuse(connection: Connection, channel: Channel, refusal: Refused) -> None:
+    try:
+        async with asyncio.timeout(_REFUSAL_TIMEOUT_S):
+            await channel.send(Refusal(reason=refusal.reason, message=refusal.message, retry=refusal.retry))
+            await channel.finish()
+            # Closing at once could overtake the refusal; the client closes when it has read it.
+            await connection.wait_closed()
+    except (TimeoutError, QuorateError):
+        return
+
+
+def _credentials(settings: Settings) -> tuple[ServerTls, str, DevelopmentCredentials | None]:
+    """Certificate, token, and the development files where the certificate is one of those."""
+    token_file = settings.auth.token_file
+    certificate_file, key_file = settings.tls.certificate_file, settings.tls.key_file
+    if certificate_file is not None and key_file is not None:
+        tls, development = ServerTls(certificate_file, key_file), None
+        if token_file is None:
+            token_file = ensure_token(settings.state_dir)
+    else:
+        development = ensure_development_credentials(settings.state_dir, names=settings.tls.names)
+        tls = development.tls
+        token_file = token_file or development.token_file
+    return tls, find_token(token_file), development
+
+
+def _policy(settings: Settings) -> RoundPolicy:
+    rounds = settings.rounds
+    is_count = isinstance(rounds.quorum, int)
+    return RoundPolicy(
+        deadline_s=rounds.deadline_s,
+        grace_s=min(rounds.grace_s, rounds.deadline_s),
+        quorum=int(rounds.quorum) if is_count else None,
+        quorum_fraction=None if is_count else float(rounds.quorum),
+    )
+
+
+def _make_learner(settings: Settings) -> Learner:
+    wanted = settings.learner
+    return VoteLearner(
+        learning_rate=LEARNING_RATE if wanted.learning_rate is None else wanted.learning_rate,
+        share=SHARE if wanted.share is None else wanted.share,
+    )
