@@ -308,7 +308,14 @@ class Gatherer:
         report = self.learner.learn(_as_learner_sees(closed, self._answers.pop(closed.round, None)), instruction.truth)
         future = self._reveals.get(instruction.request_id)
         if future is not None and not future.done():
-            future.set_result(Revealed(round=closed.round, correct=report.correct, weights=dict(report.weights)))
+            future.set_result(
+                Revealed(
+                    round=closed.round,
+                    correct=report.correct,
+                    right=dict(report.agents),
+                    weights=dict(report.weights),
+                )
+            )
 
     def _reject(self, instruction: RejectRequest) -> None:
         error = CallFailed(instruction.reason, instruction.message, retry=instruction.retry)

@@ -284,6 +284,8 @@ class Revealed(Message, type="revealed"):
     round: RoundId
     #: Whether the combined answer was right; None where there was none.
     correct: bool | None = None
+    #: Whether each agent that replied was right.
+    right: dict[Name, bool] = Field(default_factory=dict)
     #: Weights after learning, by agent, for the round's task.
     weights: dict[Name, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
 

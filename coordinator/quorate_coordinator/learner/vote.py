@@ -92,7 +92,10 @@ class VoteLearner:
         """
         replies = sorted(outcome.replies, key=lambda reply: reply.agent)
         for reply in replies:
-            self._latencies.setdefault(reply.agent, _Latencies()).count(reply.latency_s)
+            latencies = self._latencies.get(reply.agent)
+            if latencies is None:
+                latencies = self._latencies[reply.agent] = _Latencies()
+            latencies.count(reply.latency_s)
             self._latencies.move_to_end(reply.agent)
         self._forget()
         if not replies:
@@ -129,9 +132,12 @@ class VoteLearner:
             if correct is not None:
                 task.accuracy.count(correct)
             for agent, was_right in right.items():
-                pair = self._pairs.setdefault((outcome.task, agent), _Accuracy())
-                pair.count(was_right)
-                self._pairs.move_to_end((outcome.task, agent))
+                pair = (outcome.task, agent)
+                accuracy = self._pairs.get(pair)
+                if accuracy is None:
+                    accuracy = self._pairs[pair] = _Accuracy()
+                accuracy.count(was_right)
+                self._pairs.move_to_end(pair)
             self._forget()
         return Report(correct=correct, agents=right, weights=self._weights_of(outcome.task, right))
 

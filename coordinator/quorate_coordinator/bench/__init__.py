@@ -1,0 +1,1 @@
+"""Benchmarks: `quorate bench`. Each measures on this machine, beside a peer where there is one."""

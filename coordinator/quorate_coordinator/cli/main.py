@@ -1,0 +1,49 @@
+"""The command `quorate`: the coordinator, the operator's commands, the demo, the benchmarks.
+
+Exit codes: 0 done; 1 something else; 2 the command line, a file it names or a setting is wrong, or an
+extra is not installed; 3 the coordinator refused us; 5 no coordinator was reached; 6 a round was not
+opened or brought no answer; 130 interrupted.
+
+Modules that need an extra are imported by the command that needs them, so that the others work with
+the base dependencies alone.
+"""
+
+from typing import Annotated
+
+import typer
+
+from quorate_coordinator.cli import operator_commands, service_commands
+from quorate_protocol import __version__
+
+app = typer.Typer(
+    name="quorate",
+    help="Coordinate a fleet of agents: ask them all, combine their answers, learn whom to trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def callback(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"quorate {__version__}")
+        raise typer.Exit
+
+
+app.command("coordinator")(service_commands.coordinator)
+app.command("ask")(operator_commands.ask)
+app.command("reveal")(operator_commands.reveal)
+app.command("status")(operator_commands.status)
+app.command("feed")(operator_commands.feed)
+app.command("demo")(service_commands.demo)
+app.add_typer(service_commands.bench, name="bench")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

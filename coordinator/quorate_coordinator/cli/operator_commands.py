@@ -1,0 +1,316 @@
+"""`quorate ask`, `reveal`, `status`, `feed`: what operators do. They need the base dependencies alone."""
+
+import itertools
+import json
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from quorate_coordinator.cli import common
+from quorate_coordinator.cli.common import (
+    DEFAULT_COORDINATOR,
+    CaOption,
+    CoordinatorOption,
+    DeadlineOption,
+    GraceOption,
+    JsonOption,
+    LabelOption,
+    QuorumOption,
+    TokenFileOption,
+)
+from quorate_coordinator.feeding.report import LiveProgress, print_report
+from quorate_coordinator.feeding.run import AskOptions
+from quorate_coordinator.feeding.run import feed as feed_instances
+from quorate_coordinator.feeding.sources import FileFormat, read_instances
+from quorate_coordinator.feeding.tally import Tally
+from quorate_protocol.errors import ConfigurationError
+from quorate_protocol.messages import AgentInfo, Fleet, Outcome
+
+_ANSWERED = ("complete", "quorate")
+
+
+def ask(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="What the agents shall do.")],
+    body: Annotated[str, typer.Argument(metavar="JSON", help="What they are asked; - reads it from standard input.")],
+    coordinator: CoordinatorOption = DEFAULT_COORDINATOR,
+    quorum: QuorumOption = None,
+    grace: GraceOption = None,
+    deadline: DeadlineOption = None,
+    label: LabelOption = None,
+    json_output: JsonOption = False,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+) -> None:
+    """Ask the fleet and print the combined answer as JSON.
+
+    On a terminal, what each agent answered is shown as well.
+    """
+
+    async def call() -> Outcome:
+        value = common.parse_json("JSON", sys.stdin.read() if body == "-" else body)
+        options = _options(quorum, grace, deadline, label)
+        async with await common.connect(coordinator, token_file, ca) as client:
+            try:
+                return await client.ask(
+                    task,
+                    value,
+                    quorum=options.quorum,
+                    grace_s=options.grace_s,
+                    deadline_s=options.deadline_s,
+                    labels=options.labels,
+                )
+            except ValidationError as error:
+                raise _usage(error) from None
+
+    outcome = common.run(call())
+    if json_output:
+        common.print_json(_outcome_json(outcome))
+    elif sys.stdout.isatty():
+        _print_outcome(outcome)
+    elif outcome.state in _ANSWERED:
+        common.print_json(common.as_json(outcome.value))
+    if outcome.state not in _ANSWERED:
+        common.fail(f"round {outcome.round} {outcome.state}: {outcome.reason}", common.EXIT_NO_ANSWER)
+
+
+def reveal(
+    round: Annotated[
+        int, typer.Argument(metavar="ROUND", help="Number of the round, as `quorate ask --json` tells.", min=1)
+    ],
+    truth: Annotated[str, typer.Argument(metavar="JSON", help="The right answer.")],
+    coordinator: CoordinatorOption = DEFAULT_COORDINATOR,
+    json_output: JsonOption = False,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+) -> None:
+    """Tell the truth of a round: weights move, and its agents get it as feedback."""
+
+    async def call() -> dict[str, Any]:
+        value = common.parse_json("JSON", truth)
+        async with await common.connect(coordinator, token_file, ca) as client:
+            revealed = await client.reveal(round, value)
+            return revealed.model_dump()
+
+    result = common.run(call())
+    if json_output:
+        common.print_json(result)
+        return
+    judged = {True: "was right", False: "was wrong", None: "had no answer"}[result["correct"]]
+    typer.echo(f"round {round} {judged}")
+    for agent, weight in sorted(result["weights"].items()):
+        right = result["right"].get(agent)
+        mark = "" if right is None else ("right" if right else "wrong")
+        typer.echo(f"  {agent}  {mark}  weight {weight:.3f}")
+
+
+def status(
+    coordinator: CoordinatorOption = DEFAULT_COORDINATOR,
+    json_output: JsonOption = False,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+) -> None:
+    """Show the coordinator and its agents."""
+
+    async def call() -> Fleet:
+        async with await common.connect(coordinator, token_file, ca) as client:
+            return await client.agents()
+
+    fleet = common.run(call())
+    if json_output:
+        common.print_json(fleet.model_dump())
+    else:
+        _print_fleet(coordinator, fleet)
+
+
+def feed(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="CSV or JSON lines; - is standard input.")],
+    task: Annotated[str, typer.Option(metavar="TASK", help="What the agents shall do with each row.")],
+    target: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column (or key) with the truth, revealed after each answer.")
+    ] = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", metavar="csv|jsonl", help="Instead of going by the file's name.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Feed the first N rows only.", min=1)] = None,
+    coordinator: CoordinatorOption = DEFAULT_COORDINATOR,
+    quorum: QuorumOption = None,
+    grace: GraceOption = None,
+    deadline: DeadlineOption = None,
+    label: LabelOption = None,
+    json_output: JsonOption = False,
+    token_file: TokenFileOption = None,
+    ca: CaOption = None,
+) -> None:
+    """Feed a file row by row: ask, compare with the target, reveal it, go on.
+
+    Prints the accuracy of each agent and of their combined answer. In CSV, numbers are read as numbers,
+    true and false as such, and an empty value is left out.
+    """
+    tally = Tally()
+
+    async def call() -> float:
+        if file_format not in (None, "csv", "jsonl"):
+            raise ConfigurationError("--format", f"{file_format!r} is neither csv nor jsonl")
+        options = _options(quorum, grace, deadline, label)
+        chosen: FileFormat | None = "csv" if file_format == "csv" else "jsonl" if file_format == "jsonl" else None
+        rows = read_instances(file, target=target, file_format=chosen)
+        instances = ((row.features, row.truth, row.has_truth) for row in itertools.islice(rows, limit))
+        async with await common.connect(coordinator, token_file, ca) as client:
+            began = time.monotonic()
+            with LiveProgress(f"feed {file}", tally, limit) as progress:
+                try:
+                    await feed_instances(
+                        client, task, instances, tally, options=options, on_outcome=lambda outcome: progress.update()
+                    )
+                except ValidationError as error:
+                    raise _usage(error) from None
+            return time.monotonic() - began
+
+    began = time.monotonic()
+    try:
+        elapsed_s = common.run(call())
+    except typer.Exit:
+        # What was answered before the error is not lost.
+        if tally.instances and not json_output:
+            print_report(f"{file} (up to the error)", tally, time.monotonic() - began)
+        raise
+    if json_output:
+        common.print_json({"file": file, **tally.as_json(elapsed_s)})
+    else:
+        print_report(file, tally, elapsed_s)
+
+
+def _options(quorum: str | None, grace: str | None, deadline: str | None, label: list[str] | None) -> AskOptions:
+    return AskOptions(
+        quorum=common.parse_quorum(quorum),
+        grace_s=common.parse_duration("--grace", grace),
+        deadline_s=common.parse_duration("--deadline", deadline),
+        labels=common.parse_labels(label),
+    )
+
+
+def _usage(error: ValidationError) -> ConfigurationError:
+    """What the wire's own checks found wrong with an argument."""
+    first = error.errors(include_url=False)[0]
+    return ConfigurationError(".".join(str(part) for part in first["loc"]), f"{first['msg']}, got {first['input']!r}")
+
+
+def _outcome_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "round": outcome.round,
+        "task": outcome.task,
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "quorum": outcome.quorum,
+        "answer": common.as_json(outcome.value),
+        "support": outcome.support,
+        "duration_ms": _ms(outcome.duration_s),
+        "results": [
+            {
+                "agent": result.agent,
+                "status": result.status,
+                "answer": common.as_json(result.value),
+                "error": result.error,
+                "weight": result.weight,
+                "latency_ms": None if result.latency_s is None else _ms(result.latency_s),
+                "compute_ms": _ms(result.compute_s),
+            }
+            for result in outcome.results
+        ],
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    console = Console()
+    if outcome.state in _ANSWERED:
+        console.print(
+            json.dumps(common.as_json(outcome.value), ensure_ascii=False), style="bold green", highlight=False
+        )
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("agent")
+    table.add_column("status")
+    table.add_column("answer", overflow="fold")
+    for heading in ("weight", "latency ms", "compute ms"):
+        table.add_column(heading, justify="right")
+    for result in outcome.results:
+        answered = result.status == "replied"
+        table.add_row(
+            result.agent,
+            Text(result.status, style="" if answered else "yellow"),
+            Text(json.dumps(common.as_json(result.value), ensure_ascii=False) if answered else result.error),
+            "-" if result.weight is None else f"{result.weight:.3f}",
+            "-" if result.latency_s is None else f"{result.latency_s * 1000:.1f}",
+            f"{result.compute_s * 1000:.1f}" if answered else "-",
+        )
+    console.print(table)
+    support = "" if outcome.support is None else f" · support {outcome.support:.0%}"
+    replied = sum(result.status == "replied" for result in outcome.results)
+    console.print(
+        f"round {outcome.round} {outcome.state} in {outcome.duration_s * 1000:.1f} ms · "
+        f"{replied} of {len(outcome.results)} replied, quorum {outcome.quorum}{support}",
+        highlight=False,
+        style="dim",
+    )
+
+
+def _print_fleet(coordinator: str, fleet: Fleet) -> None:
+    console = Console()
+    closed = sum(fleet.rounds_closed.values())
+    states = ", ".join(f"{count} {state}" for state, count in sorted(fleet.rounds_closed.items()))
+    draining = " · draining" if fleet.draining else ""
+    console.print(
+        f"{coordinator} · {fleet.software} · up {_age(fleet.uptime_s)} · {fleet.rounds_open} rounds open, "
+        f"{closed} closed{f' ({states})' if states else ''}{draining}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not fleet.agents:
+        console.print("no agents have joined yet; start one with: quorate-agent run MODULE:ATTRIBUTE", style="yellow")
+        return
+    if not console.is_terminal:
+        for agent in fleet.agents:
+            typer.echo("\t".join([agent.agent, agent.state, ",".join(agent.tasks), *_numbers(agent)]))
+        return
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
+    for heading in ("agent", "state", "tasks", "labels"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("replies", "p50 ms", "p99 ms", "weight", "seen"):
+        table.add_column(heading, justify="right")
+    for agent in fleet.agents:
+        labels = " ".join(f"{key}={value}" for key, value in agent.labels.items())
+        style = {"connected": "green", "lost": "red"}.get(agent.state, "yellow")
+        table.add_row(
+            agent.agent, Text(agent.state, style=style), Text(" ".join(agent.tasks)), Text(labels), *_numbers(agent)
+        )
+    console.print(table)
+
+
+def _numbers(agent: AgentInfo) -> list[str]:
+    weights = [
+        f"{weight:.3f}" if len(agent.weights) == 1 else f"{task} {weight:.3f}" for task, weight in agent.weights.items()
+    ]
+    return [
+        f"{agent.replies}/{agent.assignments}",
+        "-" if agent.latency_p50_s is None else f"{agent.latency_p50_s * 1000:.1f}",
+        "-" if agent.latency_p99_s is None else f"{agent.latency_p99_s * 1000:.1f}",
+        " ".join(weights) or "-",
+        f"{_age(agent.last_seen_s)} ago",
+    ]
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

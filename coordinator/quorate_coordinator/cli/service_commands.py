@@ -1,0 +1,112 @@
+"""`quorate coordinator`, `demo`, `bench`: what needs the extra [coordinator]."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quorate_coordinator.cli import common
+from quorate_protocol.errors import ConfigurationError, QuorateError
+
+bench = typer.Typer(
+    help="Measure Quorate on this machine.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JsonFileOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the rows to this file as JSON.")
+]
+
+
+def coordinator(
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="QUORATE_CONFIG", help="Settings, in TOML. Without it: the defaults."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the settings and the files they name, print them, and exit.")
+    ] = False,
+) -> None:
+    """Run the coordinator until SIGTERM or SIGINT, which drain it.
+
+    Every setting can also come from the environment, such as QUORATE_ROUNDS__DEADLINE_S for deadline_s
+    in [rounds]; the environment goes over the file.
+    """
+    common.require_extra("coordinator")
+    from quorate_coordinator.daemon import check_files, run_daemon
+    from quorate_coordinator.settings import load_settings
+    from quorate_protocol import logs
+
+    try:
+        settings = load_settings(config, os.environ)
+        if check:
+            check_files(settings)
+            common.print_json(settings.model_dump(mode="json"))
+            return
+        logs.configure(settings.log.level, settings.log.format)
+        code = asyncio.run(run_daemon(settings))
+    except ConfigurationError as error:
+        common.fail(f"{config}: {error}" if config is not None else str(error), common.EXIT_USAGE)
+    raise typer.Exit(code)
+
+
+def demo(
+    dataset: Annotated[
+        str, typer.Option(metavar="NAME", help="image-segments, phishing, bananas or shuttle.")
+    ] = "image-segments",
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N instances.", min=1)] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the models that draw at random.", min=0)] = 42,
+    json_output: common.JsonOption = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Stay up after the run, so that metrics and status can be looked at.")
+    ] = False,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="UDP address of the coordinator; port 0 is any.")
+    ] = "127.0.0.1:0",
+    http: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="TCP address of /metrics; port 0 is any.")
+    ] = "127.0.0.1:0",
+) -> None:
+    """One coordinator, six agents, real data: who is right, how often, and how fast.
+
+    Starts a coordinator and six River models, each a process of its own, and feeds them a data set:
+    each instance is asked first and its label revealed after.
+    """
+    common.require_extra("coordinator")
+    from quorate_coordinator.demo.run import DemoFailed, run_demo
+
+    try:
+        asyncio.run(
+            run_demo(
+                dataset,
+                limit=limit,
+                seed=seed,
+                json_output=json_output,
+                serve=serve,
+                listen=listen,
+                http=http,
+            )
+        )
+    except DemoFailed as error:
+        common.fail(str(error), common.EXIT_OTHER)
+    except QuorateError as error:
+        common.fail_with(error)
+    except KeyboardInterrupt:
+        common.fail("interrupted", common.EXIT_INTERRUPTED)
+
+
+@bench.command("coordination")
+def bench_coordination(
+    instances: Annotated[int, typer.Option(metavar="N", help="Rounds to measure.", min=10)] = 1000,
+    json_file: JsonFileOption = None,
+) -> None:
+    """Coordination overhead of a round with six agents: its time less the slowest agent's own compute."""
+    common.require_extra("coordinator")
+    from quorate_coordinator.bench.coordination import measure_coordination
+    from quorate_coordinator.bench.report import show
+
+    result = common.run(measure_coordination(instances))
+    show(result, json_file)

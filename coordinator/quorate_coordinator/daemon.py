@@ -1,0 +1,90 @@
+"""The coordinator as a daemon: signals, readiness, exit code."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from typing import Final
+
+import structlog
+
+from quorate_coordinator.service import Coordinator
+from quorate_coordinator.settings import Settings
+from quorate_protocol.credentials import find_token
+from quorate_protocol.transport import ServerTls
+from quorate_protocol.transport.address import join_host_port
+from quorate_protocol.transport.engine import AioquicFactory
+
+log = structlog.get_logger()
+
+EXIT_STOPPED: Final = 0
+
+
+async def run_daemon(settings: Settings) -> int:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once.
+
+    Returns:
+        The exit code: 0.
+
+    Raises:
+        ConfigurationError: an address is taken, a file cannot be read.
+    """
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+    for caught in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(caught, signals.put_nowait, caught)
+    try:
+        async with Coordinator(settings) as coordinator:
+            http = coordinator.http_address
+            notify_supervisor(
+                os.environ,
+                READY="1",
+                STATUS=f"listening on {join_host_port(*coordinator.address)}",
+                X_QUORATE_LISTEN=join_host_port(*coordinator.address),
+                X_QUORATE_HTTP="" if http is None else join_host_port(*http),
+            )
+            caught = await signals.get()
+            log.info("stopping", signal=caught.name)
+            notify_supervisor(os.environ, STOPPING="1", STATUS="draining")
+            draining = asyncio.ensure_future(coordinator.drain())
+            again = asyncio.ensure_future(signals.get())
+            await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
+            for waiting in (draining, again):
+                waiting.cancel()
+            await asyncio.wait((draining, again))
+    finally:
+        for caught in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(caught)
+    return EXIT_STOPPED
+
+
+def check_files(settings: Settings) -> None:
+    """Reads what the settings name, without making or binding anything.
+
+    Raises:
+        ConfigurationError: a file is missing, unreadable, or holds something else.
+    """
+    if settings.tls.certificate_file is not None and settings.tls.key_file is not None:
+        AioquicFactory().set_server(ServerTls(settings.tls.certificate_file, settings.tls.key_file), [])
+    if settings.auth.token_file is not None:
+        find_token(settings.auth.token_file)
+
+
+def notify_supervisor(environ: Mapping[str, str], **fields: str) -> None:
+    """Tells systemd, or whoever listens where NOTIFY_SOCKET says, how the service is (sd_notify(3)).
+
+    Does nothing where nobody listens.
+    """
+    address = environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    # A name that begins with @ is in Linux's abstract namespace.
+    target = "\0" + address[1:] if address.startswith("@") else address
+    text = "\n".join(f"{key}={value}" for key, value in fields.items())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.connect(target)
+            sock.sendall(text.encode())
+        except OSError as error:
+            log.warning("supervisor_not_notified", address=address, problem=str(error))
