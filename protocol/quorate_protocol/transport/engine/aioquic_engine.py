@@ -1,20 +1,9 @@
-"""aioquic behind the engine port: all reaches into its private names are in this file.
+"""aioquic behind the engine port.
 
-What differs from the stock connection, and why:
-
-- **Read backpressure.** Stock aioquic doubles a window when bytes arrive, read or not, so that a
-  sender can fill our memory. Here a stream's limit is what its reader consumed plus a fixed window
-  (RFC 9000, 4.1 and 4.2), and likewise the connection's.
-- **Stream limits** are stated in the handshake instead of growing one by one.
-- **Closing** is told to the driver when it happens, not after the draining period.
-- **Acknowledgements ride with data**: when there is something to send, a pending acknowledgement
-  does not wait for its own timer and packet.
-- **Datagrams** that cannot fit are refused before they are queued; stock aioquic keeps such a one at
-  the head of its queue for ever.
+`quic_connection` changes how a connection sends and what it lets its peer send; here it is fitted to
+the port, and its closing is told to the driver when it happens, not after the draining period.
 """
 
-import hashlib
-import inspect
 import logging
 from typing import Any, Final
 
@@ -22,11 +11,8 @@ from aioquic import tls as quic_tls
 from aioquic._buffer import Buffer
 from aioquic.quic import events
 from aioquic.quic.configuration import SMALLEST_MAX_DATAGRAM_SIZE, QuicConfiguration
-from aioquic.quic.connection import QuicConnection, QuicConnectionState
+from aioquic.quic.connection import QuicConnectionState
 from aioquic.quic.packet import QuicPacketType, encode_quic_version_negotiation, pull_quic_header
-from aioquic.quic.packet_builder import QuicPacketBuilder
-from aioquic.quic.recovery import QuicPacketSpace
-from aioquic.quic.stream import QuicStream
 from aioquic.tls import CipherSuite
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -34,10 +20,10 @@ from quorate_protocol.errors import ConfigurationError, ConnectionClosed
 from quorate_protocol.limits import (
     CONNECTION_WINDOW_BYTES,
     STREAM_WINDOW_BYTES,
-    STREAMS_MAX,
 )
 from quorate_protocol.transport.api import ClientTls, Priority, ServerTls
 from quorate_protocol.transport.engine.port import Address, Arrival, Sink
+from quorate_protocol.transport.engine.quic_connection import DATAGRAM_OVERHEAD_BYTES, Connection
 
 #: Idle timeout in seconds (RFC 9000, 10.1). Sessions have leases of their own, shorter than this.
 IDLE_TIMEOUT_S: Final = 30.0
@@ -45,73 +31,16 @@ IDLE_TIMEOUT_S: Final = 30.0
 #: Largest DATAGRAM frame that we take (RFC 9221, 3).
 _DATAGRAM_FRAME_BYTES_MAX: Final = 65_535
 
-#: A 1-RTT packet's header, frame header and tag around one DATAGRAM frame, at the most.
-_DATAGRAM_OVERHEAD_BYTES: Final = 30
-
 #: Unsent datagrams; the oldest goes first, because a newer pulse or event says more.
 _DATAGRAMS_PENDING_MAX: Final = 256
-
-#: Methods of aioquic that are overridden or whose inner workings the overrides rely on, with the
-#: SHA-256 of their source in the pinned release: an upgrade that touches one fails a test.
-RELIED_ON: Final = {
-    "_unblock_streams": "cfde0b0287e2a38d7b763257535b9b535eb3e294a6fd3c29b8d9bfa012dbea5d",
-    "_write_connection_limits": "02c42c5455ae1a31ba5838804b5639588e2f3700e6d714e859e0b87037ff0d39",
-    "_write_stream_limits": "398d4a898f7c580f93d42cdb39885641aa8939764da68aabd054beb761df07ce",
-}
-
-
-def relied_on_digests() -> dict[str, str]:
-    """SHA-256 of the source of each private method in `RELIED_ON`, as installed."""
-    return {
-        name: hashlib.sha256(inspect.getsource(getattr(QuicConnection, name)).encode()).hexdigest()
-        for name in RELIED_ON
-    }
-
-
-class _Connection(QuicConnection):
-    """A stock connection with flow control that follows the reader."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for limit in (self._local_max_streams_bidi, self._local_max_streams_uni):
-            limit.value = limit.sent = STREAMS_MAX
-        self.streams_were_unblocked = False
-        #: Streams whose new limit has to be told to the peer. Only these are looked at.
-        self.consumed_bytes: dict[int, int] = {}
-        self.consumed_total_bytes = 0
-
-    def _unblock_streams(self, is_unidirectional: bool) -> None:
-        super()._unblock_streams(is_unidirectional)
-        self.streams_were_unblocked = True
-
-    def _write_connection_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace) -> None:
-        # The base class doubles the limit once half of it was received. Told that nothing was
-        # received, it does not; and what it then writes is the limit that `consumed` has set.
-        max_data = self._local_max_data
-        received, max_data.used = max_data.used, 0
-        try:
-            super()._write_connection_limits(builder, space)
-        finally:
-            max_data.used = received
-
-    def _write_stream_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace, stream: QuicStream) -> None:
-        # As above: the limit moves in `consumed` alone.
-        if stream.max_stream_data_local_sent == stream.max_stream_data_local or stream.receiver.is_finished:
-            return
-        received, stream.receiver.highest_offset = stream.receiver.highest_offset, 0
-        try:
-            super()._write_stream_limits(builder, space, stream)
-        finally:
-            stream.receiver.highest_offset = received
 
 
 class AioquicEngine:
     """One connection. Implements `Engine`."""
 
-    def __init__(self, connection: _Connection) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._quic = connection
         self.initial_connection_id: bytes = connection.host_cid
-        self._wrote = False
         self._close_told = False
 
     def connect(self, address: Address, now: float) -> None:
@@ -120,6 +49,7 @@ class AioquicEngine:
     def receive(self, datagram: bytes, address: Address, now: float) -> bool:
         before = self._quic._close_at
         self._quic.receive_datagram(datagram, address, now)
+        self._quic.note_packet(now)
         # An authentic packet moves the idle timer; nothing else does here.
         return self._quic._close_at != before
 
@@ -133,21 +63,21 @@ class AioquicEngine:
         quic = self._quic
         if not quic._network_paths:
             return []
-        if self._wrote:
-            self._wrote = False
-            space = quic._spaces.get(quic_tls.Epoch.ONE_RTT)
-            if space is not None and space.ack_at is not None:
-                space.ack_at = now
+        if not quic.has_something_to_send(now):
+            return []
         return quic.datagrams_to_send(now)
 
     def report(self, sink: Sink) -> None:
         quic = self._quic
         while (event := quic.next_event()) is not None:
             if isinstance(event, events.StreamDataReceived):
+                if event.end_stream:
+                    quic.note_end(event.stream_id)
                 sink.stream_data_received(event.stream_id, event.data, event.end_stream)
             elif isinstance(event, events.DatagramFrameReceived):
                 sink.datagram_received(event.data)
             elif isinstance(event, events.StreamReset):
+                quic.note_end(event.stream_id)
                 sink.stream_reset(event.stream_id, event.error_code)
             elif isinstance(event, events.StopSendingReceived):
                 sink.stream_stopped(event.stream_id, event.error_code)
@@ -192,20 +122,16 @@ class AioquicEngine:
         return quic._local_next_stream_id_uni // 4 < quic._remote_max_streams_uni
 
     def open_stream(self, *, bidirectional: bool, priority: Priority) -> int:
-        stream_id = self._quic.get_next_available_stream_id(is_unidirectional=not bidirectional)
-        # Takes the id: a second call must not get the same one.
-        self._quic._get_or_create_stream_for_send(stream_id)
-        return stream_id
+        return self._quic.open_stream(bidirectional=bidirectional, priority=priority)
 
     def has_stream(self, stream_id: int) -> bool:
         return stream_id in self._quic._streams
 
     def set_priority(self, stream_id: int, priority: Priority) -> None:
-        """Kept by the stream; this engine serves streams in turn."""
+        self._quic.set_priority(stream_id, priority)
 
     def write(self, stream_id: int, data: bytes, end: bool = False) -> None:
-        self._quic.send_stream_data(stream_id, data, end)
-        self._wrote = True
+        self._quic.write(stream_id, data, end)
 
     def unacknowledged_bytes(self, stream_id: int) -> int:
         stream = self._quic._streams.get(stream_id)
@@ -214,43 +140,23 @@ class AioquicEngine:
         return stream.sender._buffer_stop - stream.sender._buffer_start
 
     def reset(self, stream_id: int, code: int) -> None:
-        self._quic.reset_stream(stream_id, code)
-        self._wrote = True
+        self._quic.reset(stream_id, code)
 
     def stop(self, stream_id: int, code: int) -> None:
-        stream = self._quic._streams.get(stream_id)
-        if stream is not None and not stream.receiver.is_finished:
-            stream.receiver.stop(code)
-            self._wrote = True
+        self._quic.stop(stream_id, code)
 
     def consumed(self, stream_id: int, count: int) -> bool:
-        quic = self._quic
-        due = False
-        quic.consumed_total_bytes += count
-        limit = quic._local_max_data
-        if quic.consumed_total_bytes + CONNECTION_WINDOW_BYTES - limit.value >= CONNECTION_WINDOW_BYTES // 2:
-            limit.value = quic.consumed_total_bytes + CONNECTION_WINDOW_BYTES
-            due = True
-        stream = quic._streams.get(stream_id)
-        if stream is None or stream.receiver.is_finished:
-            quic.consumed_bytes.pop(stream_id, None)
-            return due
-        taken = quic.consumed_bytes[stream_id] = quic.consumed_bytes.get(stream_id, 0) + count
-        if taken + STREAM_WINDOW_BYTES - stream.max_stream_data_local >= STREAM_WINDOW_BYTES // 2:
-            stream.max_stream_data_local = taken + STREAM_WINDOW_BYTES
-            due = True
-        return due
+        return self._quic.consumed(stream_id, count)
 
     @property
     def datagram_bytes_max(self) -> int:
         remote = self._quic._remote_max_datagram_frame_size
         if not remote:
             return 0
-        return max(0, min(remote - 3, self._quic._max_datagram_size - _DATAGRAM_OVERHEAD_BYTES))
+        return max(0, min(remote - 3, self._quic._max_datagram_size - DATAGRAM_OVERHEAD_BYTES))
 
     def send_datagram(self, data: bytes) -> None:
         self._quic.send_datagram_frame(data)
-        self._wrote = True
         if len(self._quic._datagrams_pending) > _DATAGRAMS_PENDING_MAX:
             self._quic._datagrams_pending.popleft()
 
@@ -278,7 +184,7 @@ class AioquicFactory:
                 configuration.load_verify_locations(cadata=authorities)
             except (OSError, ValueError) as error:
                 raise ConfigurationError("ca_file", f"cannot read authorities from {tls.ca_file}: {error}") from error
-        return AioquicEngine(_Connection(configuration=configuration))
+        return AioquicEngine(Connection(configuration=configuration))
 
     def set_server(self, tls: ServerTls, protocols: list[str]) -> None:
         configuration = self._configuration(is_client=False, protocols=protocols)
@@ -297,7 +203,7 @@ class AioquicFactory:
     def server(self, arrival: Arrival) -> AioquicEngine:
         assert self._server_configuration is not None, "set_server comes first"
         return AioquicEngine(
-            _Connection(
+            Connection(
                 configuration=self._server_configuration,
                 original_destination_connection_id=arrival.destination_id,
             )
