@@ -8,7 +8,7 @@ from quorate_agent import Agent
 
 
 def agent(seed: int = 42, multiclass: bool = True) -> Agent:
-    """With `multiclass` one model for each label; without, one for all, and the labels must be true and false."""
+    """With `multiclass` one model for each label; without, one in all, for labels true and false (or 1 and 0)."""
     single = linear_model.LogisticRegression(optimizer=optim.SGD(0.1))
     classifier = several.OneVsRestClassifier(single) if multiclass else single
     model = Prequential(preprocessing.StandardScaler() | classifier)

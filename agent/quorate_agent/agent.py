@@ -24,14 +24,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from quorate_agent.handlers import AgentInvalid, HandlerFunction, inspect_handler
 from quorate_protocol.limits import LABELS_MAX, TASKS_MAX, TEXT_CHARS_MAX
 from quorate_protocol.messages import Name
-from quorate_protocol.transport.api import ClientTls
+
+if TYPE_CHECKING:
+    from quorate_protocol.transport import ClientTls  # with all its cryptography, which defining an agent does not need
 
 F = TypeVar("F", bound=HandlerFunction)
 
@@ -169,7 +171,7 @@ class Agent:
         url: str,
         *,
         token: str,
-        tls: ClientTls | None = None,
+        tls: "ClientTls | None" = None,
         id: str | None = None,
         drain_timeout_s: float = 30.0,
     ) -> None:

@@ -218,7 +218,8 @@ def _choose_id(given: str | None, agent: Agent, target: str) -> str:
         return agent.name
     module_name, attribute = split_target(target)
     # `agent` in `tree.py` is the tree; a telling name stands for itself.
-    part = attribute if attribute not in ("agent", "make_agent", "create_agent", "build") else Path(module_name).stem
+    module = Path(module_name).stem if module_name.endswith(".py") else module_name.rpartition(".")[2]
+    part = attribute if attribute not in ("agent", "make_agent", "create_agent", "build") else module
     return make_name(f"{socket.gethostname()}-{part}-{os.getpid()}")
 
 

@@ -200,7 +200,7 @@ class AgentCore:
     def _on_drain(self, event: ev.DrainReceived, now: float, out: list[ev.Instruction]) -> None:
         self.state = State.DRAINING
         self._drain_reason = event.reason
-        out.append(ev.Log("info", "coordinator drains", {"reason": event.reason}))
+        out.append(ev.Log("info", "coordinator_drains", {"reason": event.reason}))
         self._continue(now, out)
 
     def _on_stop(self, event: ev.StopRequested, now: float, out: list[ev.Instruction]) -> None:
@@ -216,7 +216,7 @@ class AgentCore:
 
     def _on_drain_timed_out(self, event: ev.DrainTimedOut, now: float, out: list[ev.Instruction]) -> None:
         unfinished = {"running": len(self._running), "queued": len(self._queue)}
-        out.append(ev.Log("warning", "drain timed out", unfinished))
+        out.append(ev.Log("warning", "drain_timed_out", unfinished))
         self.counts.lost += self._abandon(lambda work: self._stop_reason is not None or not work.is_feedback, out)
         self._depart(out)
 
@@ -278,14 +278,14 @@ class AgentCore:
         fields = {"round": event.round, "task": event.task}
         if body is None:
             self.counts.feedback_forgotten += 1
-            out.append(ev.Log("warning", "feedback for a body that is not remembered", fields))
+            out.append(ev.Log("warning", "feedback_forgotten", fields))
             return
         work = Work(
             id=next(self._work_ids), round=event.round, task=event.task, body=body, received_at=now, truth=event.truth
         )
         if not self._queue.has_room(work):
             self.counts.feedback_dropped += 1
-            out.append(ev.Log("warning", "feedback dropped: too much of it waits", fields))
+            out.append(ev.Log("warning", "feedback_dropped", fields))
             return
         self._queue.push(work)
         self._continue(now, out)

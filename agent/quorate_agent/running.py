@@ -104,7 +104,7 @@ class HandlerRunner:
         try:
             self._loop.call_soon_threadsafe(self._finish, ended)
         except RuntimeError:
-            log.debug("handler ended after its event loop", task=start.task, round=start.round)
+            log.debug("handler_outlived_its_loop", task=start.task, round=start.round)
 
 
 async def _run_async(handler: Handler, start: Start, context: Context) -> Ended:
@@ -181,7 +181,7 @@ def _raised(handler: Handler, start: Start, error: BaseException, clock: _Stopwa
         return HandlerDeclined(start.work, error.reason, clock.elapsed_s)
     text = str(error) if isinstance(error, _Unusable) else describe(error)
     log.error(
-        "handler failed",
+        "handler_failed",
         kind=handler.kind,
         task=start.task,
         round=start.round,

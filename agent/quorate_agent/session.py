@@ -32,6 +32,8 @@ log = structlog.get_logger()
 JOIN_TIMEOUT_S: Final = 10.0
 #: Seconds that delivering the last replies and `goodbye` may take.
 LEAVE_TIMEOUT_S: Final = 2.0
+#: Bytes of replies that the coordinator has not taken: beyond, it is broken. Sixty-four of the largest.
+UNSENT_BYTES_MAX: Final = 64 << 20
 #: Seconds between two looks at whether they were delivered.
 _LEAVE_POLL_S: Final = 0.005
 #: Seconds to wait for the news why, after a stream failed.
@@ -131,12 +133,16 @@ class Session:
 
     def _send(self, stream: BiStream | None, frame: bytes) -> None:
         assert stream is not None, "the core sends on streams that are open"
-        # Without waiting: replies are bounded by the assignments that the coordinator has outstanding.
+        # Without waiting: a coordinator bounds what it asks of an agent, and so the replies.
+        error: Exception | None = None
         try:
             stream.send_nowait(frame)
-        except (LinkError, StreamError) as error:
-            if not self._ending.done():
-                self._ending.set_exception(error)
+            if stream.unsent_bytes > UNSENT_BYTES_MAX:
+                error = _SessionEnded("the coordinator asks but does not read the replies")
+        except (LinkError, StreamError) as failed:
+            error = failed
+        if error is not None and not self._ending.done():
+            self._ending.set_exception(error)
 
     # --- the session ---
 
@@ -235,7 +241,7 @@ class Session:
                 connection.datagrams.send(PULSE)
             elif not warned:
                 warned = True
-                log.warning("the coordinator takes no datagrams: an idle session will run out", agent=self._agent_id)
+                log.warning("no_heartbeats", agent=self._agent_id, reason="the coordinator takes no datagrams")
             # Each pulse is acknowledged, so a coordinator that lives is heard. Where we were late ourselves
             # (a handler blocked the loop, the machine slept) its packets may not have been read yet.
             now = loop.time()
@@ -255,9 +261,9 @@ class Session:
                 await self._control.finish()
                 await self._wait_delivered(self._control)
         except TimeoutError:
-            log.warning("the goodbye was not acknowledged in time", agent=self._agent_id)
+            log.warning("goodbye_not_acknowledged", agent=self._agent_id)
         except (LinkError, StreamError) as error:
-            log.debug("the coordinator was gone before the goodbye", agent=self._agent_id, reason=str(error))
+            log.debug("goodbye_not_sent", agent=self._agent_id, reason=str(error))
 
     async def _wait_delivered(self, stream: BiStream) -> None:
         """Returns when the peer's transport has acknowledged all that was sent, or the connection is over."""

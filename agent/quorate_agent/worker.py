@@ -19,10 +19,11 @@ from quorate_agent import events as ev
 from quorate_agent.agent import Agent, check_concurrency, check_labels, check_name
 from quorate_agent.backoff import Backoff
 from quorate_agent.core import AgentCore, Counts, State
+from quorate_agent.handlers import AgentInvalid
 from quorate_agent.running import HandlerRunner
 from quorate_agent.session import Session
 from quorate_protocol import __version__
-from quorate_protocol.errors import Code, ConnectFailed, ConnectionClosed, LocalError, Refused
+from quorate_protocol.errors import Code, ConnectFailed, ConnectionClosed, LocalError, MessageInvalid, Refused
 from quorate_protocol.limits import HELLO_BYTES_MAX
 from quorate_protocol.messages import Hello, Welcome
 from quorate_protocol.transport import ClientTls, Connection, connect
@@ -103,14 +104,18 @@ class Worker:
         self._concurrency = agent.concurrency if concurrency is None else check_concurrency(concurrency)
         self._drain_timeout_s = drain_timeout_s
         self._max_wait_s = max_wait_s
-        self._hello = Hello(
-            id=self._agent_id,
-            token=token,
-            instance=secrets.token_hex(8),
-            labels=check_labels({**agent.labels, **(labels or {})}),
-            tasks=list(agent.tasks),
-            software=f"quorate-agent/{__version__}",
-        ).to_frame()
+        hello = {
+            "id": self._agent_id,
+            "token": token,
+            "instance": secrets.token_hex(8),
+            "labels": check_labels({**agent.labels, **(labels or {})}),
+            "tasks": list(agent.tasks),
+            "software": f"quorate-agent/{__version__}",
+        }
+        try:
+            self._hello = Hello.from_map(hello).to_frame()
+        except MessageInvalid as error:
+            raise AgentInvalid(error.problem) from None  # names the key; the token is not in it
         if len(self._hello) > HELLO_BYTES_MAX:
             raise LocalError(
                 f"the agent's tasks and labels make a hello of {len(self._hello)} bytes, over the {HELLO_BYTES_MAX} "
@@ -202,11 +207,12 @@ class Worker:
         if self._max_wait_s is not None:
             delay_s = min(delay_s, max(0.0, self._alone_since + self._max_wait_s - now))
         if began_at is None:
-            text = f"cannot connect to {self._url}, retrying in {delay_s:.1f} s"
+            event, message = "cannot_connect", f"cannot connect to {self._url}, retrying in {delay_s:.1f} s"
         else:
-            text = f"session is over, connecting to {self._url} again in {delay_s:.1f} s"
+            event, message = "session_ended", f"session is over, connecting to {self._url} again in {delay_s:.1f} s"
         log.warning(
-            text,
+            event,
+            message=message,
             coordinator=self._url,
             agent=self._agent_id,
             reason=self._reconnect_reason,
@@ -233,6 +239,9 @@ class Worker:
 
     async def _serve(self, connection: Connection) -> None:
         """From the handshake until the connection is over."""
+        if self._core.state is not State.CONNECTING:
+            await connection.close(Code.NO_ERROR, "the agent ends")  # it was stopped in the very moment
+            return
         self._peer = connection.peer
         self._session = Session(
             connection, hello=self._hello, agent_id=self._agent_id, apply=self._apply, welcomed=self._on_welcomed
@@ -274,6 +283,9 @@ class Worker:
             case ev.Stop(kind, reason, refusal):
                 self._ending = Ending(kind, reason, refusal)
                 self._ended.set()
+                log.info("agent_ended", agent=self._agent_id, why=kind.value, reason=reason)
+                if self._session is not None:
+                    self._session.execute(ev.CloseLink())  # of no effect where it leaves
             case ev.Log(level, text, fields):
                 getattr(log, level)(text, agent=self._agent_id, **fields)
             case _:
