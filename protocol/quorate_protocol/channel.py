@@ -51,6 +51,8 @@ class Channel:
             while not self._maps:
                 if self._ended:
                     return None
+                # What is wrong behind the last good frame must not wait for the peer's next bytes.
+                self._decoder.feed(b"")
                 data = await self.stream.receive()
                 if data:
                     self._maps.extend(self._decoder.feed(data))

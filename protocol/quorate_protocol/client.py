@@ -8,6 +8,7 @@
         await client.reveal(outcome.round, "a")
 """
 
+import asyncio
 import secrets
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, Self, TypeVar
 from quorate_protocol import __version__
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.channel import Channel
-from quorate_protocol.errors import CallFailed, Code, QuorateError, Refused
+from quorate_protocol.errors import CallFailed, Code, ConnectFailed, Refused
 from quorate_protocol.messages import (
     Agents,
     Ask,
@@ -64,25 +65,29 @@ class Client:
             tls: whom to trust; None trusts the system's authorities.
             name: how the coordinator's log names this client; None makes one up.
             role: an `observer` may look and not ask.
-            timeout_s: seconds to connect.
+            timeout_s: seconds for all of it.
 
         Raises:
             ConfigurationError: the address or the authorities' file is wrong.
-            ConnectFailed: nobody there, or not trusted.
+            ConnectFailed: nobody there, not trusted, or the hello is not answered.
             Refused: the coordinator does not let us in; a wrong token, say.
         """
+        ends_at = asyncio.get_running_loop().time() + timeout_s
         connection = await connect(url, tls=tls, timeout_s=timeout_s)
         try:
-            control = Channel(await connection.open_bi_stream(Priority.CRITICAL))
-            await control.send(
-                Hello(
-                    role=role,
-                    id=name or f"{role}-{secrets.token_hex(4)}",
-                    token=token,
-                    software=f"quorate/{__version__}",
-                )
+            hello = Hello(
+                role=role,
+                id=name or f"{role}-{secrets.token_hex(4)}",
+                token=token,
+                software=f"quorate/{__version__}",
             )
-            answer = await control.expect(Welcome, Refusal)
+            try:
+                async with asyncio.timeout_at(ends_at):
+                    control = Channel(await connection.open_bi_stream(Priority.CRITICAL))
+                    await control.send(hello)
+                    answer = await control.expect(Welcome, Refusal)
+            except TimeoutError:
+                raise ConnectFailed(url, f"connected, but the hello was not answered within {timeout_s:g} s") from None
             if isinstance(answer, Refusal):
                 raise Refused(answer.reason, answer.message, retry=answer.retry)
             assert isinstance(answer, Welcome)
@@ -160,10 +165,8 @@ class Client:
             answer = await channel.expect(answer_type, CallError)
             # Tells the coordinator that the answer has arrived.
             await channel.finish()
-        except QuorateError:
-            raise
         except BaseException:
-            # The caller gave up (a cancelled task, say): tell the coordinator.
+            # Whatever failed, or the caller gave up: the coordinator hears of it, and the stream is not left open.
             channel.abort(Code.CANCELLED)
             raise
         if isinstance(answer, CallError):

@@ -1,7 +1,7 @@
 """Logging of every Quorate process: events with fields, to standard error.
 
 Call `configure` once, where the process begins. Modules write `structlog.get_logger()` and
-`log.info("round closed", round=…)`.
+`log.info("round_closed", round=…)`.
 """
 
 import logging

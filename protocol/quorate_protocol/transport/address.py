@@ -53,11 +53,14 @@ def parse_listen_address(text: str) -> tuple[str, int]:
     """
     example = "an address looks like HOST:PORT, such as 0.0.0.0:4433 or [::]:4433"
     host, colon, port_text = text.rpartition(":")
-    if not colon or not host or not port_text.isascii() or not port_text.isdigit() or int(port_text) > 65_535:
+    is_port = port_text.isascii() and port_text.isdigit() and len(port_text) <= 5 and int(port_text) <= 65_535
+    if not colon or not host or not is_port:
         raise ConfigurationError("listen", f"{text!r} is not an address: {example}")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    elif ":" in host:
+        if ":" not in host:
+            raise ConfigurationError("listen", f"{text!r}: brackets are for IPv6 addresses: {example}")
+    elif ":" in host or "[" in host or "]" in host:
         raise ConfigurationError("listen", f"{text!r}: an IPv6 address needs brackets: {example}")
     return host, int(port_text)
 

@@ -101,8 +101,12 @@ class SendStream(ABC):
         """
 
     @abstractmethod
-    def send_nowait(self, data: bytes) -> None:
+    def send_nowait(self, data: bytes, *, hurried: bool = True) -> None:
         """Hands over bytes without waiting, past the watermark; for messages whose number is bounded elsewhere.
+
+        Args:
+            data: what to send.
+            hurried: False lets them wait some milliseconds for others to share a packet with.
 
         Raises: as `send`.
         """

@@ -5,6 +5,7 @@ something happened to, once per loop turn, for what may leave.
 """
 
 import asyncio
+import weakref
 from collections import deque
 from typing import Final, Protocol
 
@@ -16,7 +17,7 @@ from quorate_protocol.errors import (
     ResetByPeer,
     StoppedByPeer,
 )
-from quorate_protocol.limits import DATAGRAM_QUEUE_MAX, TEXT_CHARS_MAX
+from quorate_protocol.limits import DATAGRAM_QUEUE_MAX, STREAMS_MAX
 from quorate_protocol.transport.address import format_address
 from quorate_protocol.transport.api import (
     BiStream,
@@ -28,7 +29,7 @@ from quorate_protocol.transport.api import (
     SendStream,
 )
 from quorate_protocol.transport.engine import Address, Engine
-from quorate_protocol.transport.stream import QuicBiStream, QuicReceiveStream, QuicSendStream
+from quorate_protocol.transport.stream import QuicBiStream, QuicReceiveStream, QuicSendStream, check_code
 
 #: How many ids of incoming streams are kept before those of finished streams are looked for.
 _HANDED_OUT_MIN: Final = 64
@@ -39,6 +40,12 @@ class Driver(Protocol):
 
     def wants_turn(self, connection: "QuicConnection") -> None:
         """Something may have to be sent or a timer armed: serve this connection at the end of the turn."""
+
+    def wants_turn_soon(self, connection: "QuicConnection") -> None:
+        """As `wants_turn`, but some milliseconds may pass, in which other things to send may come along."""
+
+    def serve_now(self, connection: "QuicConnection") -> None:
+        """As `wants_turn`, and the turn is now."""
 
     def connection_id_issued(self, connection: "QuicConnection", connection_id: bytes) -> None:
         """Route datagrams for this id here."""
@@ -59,6 +66,7 @@ class QuicDatagrams(Datagrams):
     def __init__(self, connection: "QuicConnection") -> None:
         self._connection = connection
         self._unread: deque[bytes] = deque()
+        self.unread_dropped = 0
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -67,16 +75,14 @@ class QuicDatagrams(Datagrams):
 
     def send(self, data: bytes) -> None:
         connection = self._connection
-        if connection.close_error is not None:
-            raise connection.close_error
+        connection.check_open()
         if len(data) > self.max_bytes:
             raise DatagramTooLarge(len(data), self.max_bytes)
         connection.send_datagram(data)
 
     async def receive(self) -> bytes:
         while not self._unread:
-            if self._connection.close_error is not None:
-                raise self._connection.close_error
+            self._connection.check_open()
             if self._waiter is not None:
                 raise RuntimeError("two tasks receive datagrams at once")
             self._waiter = asyncio.get_running_loop().create_future()
@@ -91,7 +97,8 @@ class QuicDatagrams(Datagrams):
     def on_datagram(self, data: bytes) -> None:
         if len(self._unread) >= DATAGRAM_QUEUE_MAX:
             self._unread.popleft()
-            self._connection.stats.datagrams_dropped += 1
+            self.unread_dropped += 1
+            self._connection.count_dropped()
         self._unread.append(data)
         self.wake()
 
@@ -123,7 +130,11 @@ class QuicConnection(Connection):
         self._incoming_uni: deque[QuicReceiveStream] = deque()
         #: Tasks that wait for an incoming stream, for the peer's stream limit, or for the handshake.
         self._waiters: set[asyncio.Future[None]] = set()
-        self._writers: dict[QuicSendStream, int] = {}
+        #: Streams with tasks that wait for acknowledgements.
+        self._writers: set[QuicSendStream] = set()
+        #: Streams that are over for us and not yet for the peer, as long as somebody holds them: whoever
+        #: flushes one has to hear that it was stopped, or that the connection has ended.
+        self._ended: weakref.WeakValueDictionary[int, QuicSendStream] = weakref.WeakValueDictionary()
         #: Ids of the streams that the peer opened and that were handed out: an event for one that is
         #: here and not in `_streams` comes after its end for us.
         self._handed_out: set[int] = set()
@@ -152,20 +163,27 @@ class QuicConnection(Connection):
     async def accept_bi_stream(self) -> BiStream:
         while not self._incoming_bi:
             await self._wait_for_change()
-        return self._incoming_bi.popleft()
+        stream = self._incoming_bi.popleft()
+        self._count_unaccepted(bidirectional=True)
+        return stream
 
     async def accept_uni_stream(self) -> ReceiveStream:
         while not self._incoming_uni:
             await self._wait_for_change()
-        return self._incoming_uni.popleft()
+        stream = self._incoming_uni.popleft()
+        self._count_unaccepted(bidirectional=False)
+        return stream
 
     async def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
         self.abort(code, reason)
+        # The loop may stop right after this.
+        self._driver.serve_now(self)
 
     def abort(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
+        check_code(code)
         if self._close_error is not None:
             return
-        self.engine.close(code, reason[:TEXT_CHARS_MAX])
+        self.engine.close(code, reason)
         self.closed(ConnectionClosed(code, reason))
         self._driver.wants_turn(self)
 
@@ -180,6 +198,12 @@ class QuicConnection(Connection):
     def close_error(self) -> ConnectionClosed | None:
         return self._close_error
 
+    def check_open(self) -> None:
+        """Raises what ended the connection, if it is over."""
+        if self._close_error is not None:
+            # Without the traces of whoever was told before: they would pile up, and keep their frames.
+            raise self._close_error.with_traceback(None)
+
     async def wait_established(self) -> None:
         """Returns when the handshake is complete.
 
@@ -191,15 +215,13 @@ class QuicConnection(Connection):
 
     async def _open(self, *, bidirectional: bool, priority: Priority) -> int:
         while True:
-            if self._close_error is not None:
-                raise self._close_error
+            self.check_open()
             if self.engine.can_open_stream(bidirectional=bidirectional):
                 return self.engine.open_stream(bidirectional=bidirectional, priority=priority)
             await self._wait_for_change()
 
     async def _wait_for_change(self) -> None:
-        if self._close_error is not None:
-            raise self._close_error
+        self.check_open()
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         try:
@@ -214,10 +236,13 @@ class QuicConnection(Connection):
 
     # --- for streams ---
 
-    def write(self, stream_id: int, data: bytes, end: bool = False) -> None:
+    def write(self, stream_id: int, data: bytes, end: bool = False, *, hurried: bool = True) -> None:
         if self._close_error is None:
             self.engine.write(stream_id, data, end)
-            self._driver.wants_turn(self)
+            if hurried:
+                self._driver.wants_turn(self)
+            else:
+                self._driver.wants_turn_soon(self)
 
     def reset(self, stream_id: int, code: int) -> None:
         self.engine.reset(stream_id, code)
@@ -235,13 +260,17 @@ class QuicConnection(Connection):
     def send_datagram(self, data: bytes) -> None:
         self.engine.send_datagram(data)
         self.stats.datagrams_sent += 1
+        self.count_dropped()
         self._driver.wants_turn(self)
 
-    def watch_writes(self, stream: QuicSendStream, low_bytes: int) -> None:
-        self._writers[stream] = low_bytes
+    def count_dropped(self) -> None:
+        self.stats.datagrams_dropped = self.datagrams.unread_dropped + self.engine.datagrams_dropped
+
+    def watch_writes(self, stream: QuicSendStream) -> None:
+        self._writers.add(stream)
 
     def unwatch_writes(self, stream: QuicSendStream) -> None:
-        self._writers.pop(stream, None)
+        self._writers.discard(stream)
 
     def forget_if_done(self, stream: QuicSendStream | QuicReceiveStream) -> None:
         """Drops the stream from the books once both of its halves are over."""
@@ -250,6 +279,14 @@ class QuicConnection(Connection):
         ):
             self._streams.pop(stream.id, None)
             self.stats.streams_open = len(self._streams)
+            if isinstance(stream, QuicSendStream) and stream.unsent_bytes:
+                self._ended[stream.id] = stream
+
+    def _count_unaccepted(self, *, bidirectional: bool) -> None:
+        """Tells the engine how many streams nobody has accepted, and then the peer if it may open more."""
+        count = len(self._incoming_bi if bidirectional else self._incoming_uni)
+        if self._close_error is None and self.engine.hold_streams(bidirectional=bidirectional, count=count):
+            self._driver.wants_turn(self)
 
     def _remember(self, stream: QuicSendStream | QuicReceiveStream) -> None:
         self._streams[stream.id] = stream
@@ -270,9 +307,8 @@ class QuicConnection(Connection):
         """Passes on what the engine reports and wakes senders whose bytes were acknowledged."""
         self.engine.report(self)
         self.stats.rtt_s = self.engine.rtt_s
-        for stream, low_bytes in list(self._writers.items()):
-            if stream.unsent_bytes <= low_bytes:
-                stream.on_writable()
+        for stream in self._writers:
+            stream.on_acknowledged()
 
     def after_output(self) -> None:
         """Passes on what a send pass made the engine report: new connection ids, mostly."""
@@ -305,7 +341,7 @@ class QuicConnection(Connection):
             self.forget_if_done(stream)
 
     def stream_stopped(self, stream_id: int, code: int) -> None:
-        stream = self._streams.get(stream_id) or self._incoming(stream_id)
+        stream = self._streams.get(stream_id) or self._ended.get(stream_id) or self._incoming(stream_id)
         if isinstance(stream, QuicSendStream):
             stream.on_send_failed(StoppedByPeer(code))
             self.forget_if_done(stream)
@@ -329,7 +365,7 @@ class QuicConnection(Connection):
         if self._close_error is not None:
             return
         self._close_error = error
-        for stream in list(self._streams.values()):
+        for stream in (*self._streams.values(), *self._ended.values()):
             self._fail(stream, error)
         self._streams.clear()
         self._writers.clear()
@@ -353,20 +389,26 @@ class QuicConnection(Connection):
         The lowest bits of an id tell who opened the stream and its directions (RFC 9000, 2.1).
         """
         opened_by_client = stream_id & 1 == 0
-        if opened_by_client == self.is_client or stream_id in self._handed_out:
+        if opened_by_client == self.is_client or stream_id in self._handed_out or self._close_error is not None:
             return None
         if len(self._handed_out) >= self._handed_out_max:
             # The engine reports nothing more of a stream that it has dropped.
             self._handed_out = {known for known in self._handed_out if self.engine.has_stream(known)}
             self._handed_out_max = max(_HANDED_OUT_MIN, 2 * len(self._handed_out))
         self._handed_out.add(stream_id)
+        bidirectional = stream_id & 2 == 0
+        if len(self._incoming_bi if bidirectional else self._incoming_uni) >= STREAMS_MAX:
+            # The limits that we tell count streams that wait to be accepted: this peer does not keep them.
+            self.abort(Code.BUSY, "more streams than were allowed")
+            return None
         stream: QuicBiStream | QuicReceiveStream
-        if stream_id & 2 == 0:
+        if bidirectional:
             stream = QuicBiStream(self, stream_id, Priority.NORMAL)
             self._incoming_bi.append(stream)
         else:
             stream = QuicReceiveStream(self, stream_id)
             self._incoming_uni.append(stream)
+        self._count_unaccepted(bidirectional=bidirectional)
         self._remember(stream)
         self._wake()
         return stream

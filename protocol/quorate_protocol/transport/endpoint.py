@@ -18,11 +18,15 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+import structlog
+
 from quorate_protocol.errors import Code, ConnectionClosed
 from quorate_protocol.limits import CONNECTIONS_MAX, HANDSHAKES_MAX
 from quorate_protocol.transport.api import ServerStats
 from quorate_protocol.transport.connection import QuicConnection
 from quorate_protocol.transport.engine import Address, Engine, EngineFactory
+
+log = structlog.get_logger()
 
 #: Datagrams read in one turn: enough to empty the socket after a fan-in of hundreds of agents, small
 #: enough that timers and other sockets get their turn (about 10 ms of engine work).
@@ -42,6 +46,9 @@ _UNSENT_DATAGRAMS_MAX: Final = 4096
 #: tasks before it is written; without this its acknowledgement would leave alone. A pass costs
 #: microseconds, and the loop reads what has come meanwhile.
 _TURN_HOPS: Final = 3
+
+#: How long bytes that are in no hurry wait for others to share a packet with, in seconds.
+UNHURRIED_DELAY_S: Final = 0.005
 
 #: A server's handshake that is not complete by then is given up.
 HANDSHAKE_TIMEOUT_S: Final = 10.0
@@ -68,6 +75,9 @@ class Endpoint:
         self._handshakes: dict[QuicConnection, asyncio.TimerHandle] = {}
         self._turn: list[QuicConnection] = []
         self._turn_scheduled = False
+        #: Connections with something to send that can wait for company.
+        self._unhurried: dict[QuicConnection, None] = {}
+        self._unhurried_timer: asyncio.TimerHandle | None = None
         self._timers: dict[QuicConnection, asyncio.TimerHandle] = {}
         self._unsent: deque[tuple[bytes, Address | None]] = deque()
         self._accepting = on_connection is not None
@@ -86,6 +96,8 @@ class Endpoint:
         """Client side: begins a handshake. The socket is tied to that one peer."""
         self._sock.connect(address)
         self._connected_socket = True
+        # Packets must come from the address that the handshake began with: 0.0.0.0 answers as 127.0.0.1.
+        address = self._sock.getpeername()
         connection = QuicConnection(engine, self, address, is_client=True)
         self._add(connection)
         engine.connect(address, self._loop.time())
@@ -118,6 +130,21 @@ class Endpoint:
         if not self._turn_scheduled:
             self._turn_scheduled = True
             self._loop.call_soon(self._await_turn, _TURN_HOPS)
+
+    def wants_turn_soon(self, connection: QuicConnection) -> None:
+        self._unhurried[connection] = None
+        if self._unhurried_timer is None:
+            self._unhurried_timer = self._loop.call_later(UNHURRIED_DELAY_S, self._serve_unhurried)
+
+    def _serve_unhurried(self) -> None:
+        self._unhurried_timer = None
+        waiting, self._unhurried = self._unhurried, {}
+        for connection in waiting:
+            self.wants_turn(connection)
+
+    def serve_now(self, connection: QuicConnection) -> None:
+        if connection in self._connections:
+            self._serve(connection, self._loop.time())
 
     def connection_id_issued(self, connection: QuicConnection, connection_id: bytes) -> None:
         self._routes[connection_id] = connection
@@ -154,17 +181,32 @@ class Endpoint:
             self.stats.bytes_received += len(datagram)
             connection = self._route(datagram, address, now)
             if connection is not None:
-                connection.receive_udp(datagram, address, now)
+                try:
+                    connection.receive_udp(datagram, address, now)
+                except Exception:
+                    log.exception("engine_failed", peer=connection.peer)
+                    self._give_up(connection)
+                    if self._gone.done():
+                        return
                 touched[connection] = None
         for connection in touched:
             if connection not in self._connections:
                 continue
-            if not connection.engine.is_established:
+            if not connection.is_client and not connection.engine.is_established:
                 # Nothing in the datagram that opened it was authentic.
+                self.stats.udp_datagrams_unknown += 1
                 connection.closed(ConnectionClosed(Code.NO_ERROR, "not a QUIC handshake"))
                 self._drop(connection)
                 continue
+            self._after_input(connection)
+
+    def _after_input(self, connection: QuicConnection) -> None:
+        try:
             connection.after_input()
+        except Exception:
+            log.exception("engine_failed", peer=connection.peer)
+            self._give_up(connection)
+        else:
             self.wants_turn(connection)
 
     def _refuse(self) -> bool:
@@ -188,10 +230,11 @@ class Endpoint:
             connection = self._routes.get(datagram[1 : 1 + self._cid_bytes])
         if connection is None:
             connection = self._accept(datagram, address)
+            if connection is None:
+                self.stats.udp_datagrams_unknown += 1
         return connection
 
     def _accept(self, datagram: bytes, address: Address) -> QuicConnection | None:
-        self.stats.udp_datagrams_unknown += 1
         if not self._accepting or not datagram[0] & 0x80:
             return None
         arrival = self._factory.inspect(datagram)
@@ -230,19 +273,29 @@ class Endpoint:
         now = self._loop.time()
         for connection in turn:
             connection.in_turn = False
-            engine = connection.engine
-            stats = connection.stats
+            # One that was dropped meanwhile must not come back by its timer.
+            if connection in self._connections:
+                self._serve(connection, now)
+
+    def _serve(self, connection: QuicConnection, now: float) -> None:
+        engine = connection.engine
+        stats = connection.stats
+        try:
             for datagram, address in engine.datagrams_to_send(now):
                 stats.udp_datagrams_sent += 1
                 stats.bytes_sent += len(datagram)
                 self._send(datagram, address)
             # A send pass may end a connection (path validation) or issue connection ids.
             connection.after_output()
-            if engine.is_gone or (connection.is_client and connection.is_closed):
-                # What a server lingers for (RFC 9000, 10.2) a client need not: the socket is its own.
-                self._drop(connection)
-            else:
-                self._arm(connection, engine.timer(), now)
+        except Exception:
+            log.exception("engine_failed", peer=connection.peer)
+            self._give_up(connection)
+            return
+        if engine.is_gone or (connection.is_client and connection.is_closed):
+            # What a server lingers for (RFC 9000, 10.2) a client need not: the socket is its own.
+            self._drop(connection)
+        else:
+            self._arm(connection, engine.timer(), now)
 
     def _send(self, datagram: bytes, address: Address) -> None:
         if self._unsent:
@@ -258,9 +311,12 @@ class Endpoint:
         except (BlockingIOError, InterruptedError):
             self._keep_unsent(datagram, address)
             self._loop.add_writer(self._sock.fileno(), self._on_writable)
-        except OSError:
+        except OSError as error:
             # No route, an ICMP error, an address that went away: for QUIC a lost packet.
             self.stats.udp_datagrams_dropped += 1
+            if error.errno == errno.ECONNREFUSED:
+                # The kernel tells it once, to whoever asks first: reading will not hear of it any more.
+                self._loop.call_soon(self._refuse)
 
     def _keep_unsent(self, datagram: bytes, address: Address) -> None:
         if len(self._unsent) >= _UNSENT_DATAGRAMS_MAX:
@@ -297,11 +353,20 @@ class Endpoint:
         if at > now:
             self._arm(connection, at, now)
             return
-        engine.handle_timer(now)
-        connection.after_input()
-        self.wants_turn(connection)
+        try:
+            engine.handle_timer(now)
+        except Exception:
+            log.exception("engine_failed", peer=connection.peer)
+            self._give_up(connection)
+        else:
+            self._after_input(connection)
 
     # --- bookkeeping ---
+
+    def _give_up(self, connection: QuicConnection) -> None:
+        """Its engine has raised, which is a bug of the engine's: the other connections of this socket go on."""
+        connection.closed(ConnectionClosed(Code.INTERNAL, "the transport failed"))
+        self._drop(connection)
 
     def _end_handshake(self, connection: QuicConnection) -> bool:
         """Stops the clock of a server's handshake; False when none was running."""
@@ -338,6 +403,9 @@ class Endpoint:
         for connection in list(self._connections):
             self._drop(connection)
         self._loop.remove_reader(self._sock.fileno())
+        if self._unhurried_timer is not None:
+            self._unhurried_timer.cancel()
+        self._unhurried.clear()
         if self._unsent:
             self._loop.remove_writer(self._sock.fileno())
             self._unsent.clear()

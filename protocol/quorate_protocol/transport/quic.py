@@ -6,7 +6,13 @@ from collections import deque
 from typing import Final
 
 from quorate_protocol.errors import Code, ConfigurationError, ConnectFailed, ConnectionClosed, ServerClosed
-from quorate_protocol.transport.address import LinkUrl, join_host_port, parse_listen_address, parse_url
+from quorate_protocol.transport.address import (
+    LinkUrl,
+    format_address,
+    join_host_port,
+    parse_listen_address,
+    parse_url,
+)
 from quorate_protocol.transport.api import ClientTls, Connection, Server, ServerTls
 from quorate_protocol.transport.connection import QuicConnection
 from quorate_protocol.transport.endpoint import Endpoint, bind_udp
@@ -18,6 +24,7 @@ ALPN: Final = "quorate/1"
 #: Transport codes 0x100 to 0x1ff are TLS alerts (RFC 9001, 4.8).
 _ALERT_FIRST: Final = 0x100
 _ALERT_NO_APPLICATION_PROTOCOL: Final = _ALERT_FIRST + 120
+_ALERT_CERTIFICATE_EXPIRED: Final = _ALERT_FIRST + 45
 _ALERTS_CERTIFICATE: Final = frozenset(_ALERT_FIRST + alert for alert in (42, 43, 44, 45, 46, 48))
 
 
@@ -29,7 +36,7 @@ async def connect(
     Args:
         url: `quic://HOST[:PORT]`. Where the name has several addresses, each is tried in turn.
         tls: whom to trust; None trusts the system's authorities.
-        timeout_s: seconds for all of it.
+        timeout_s: seconds for all of it; with several addresses, an equal share of what is left for each.
         protocols: application protocols to offer, best first.
 
     Raises:
@@ -38,26 +45,32 @@ async def connect(
     """
     parsed = parse_url(url)
     loop = asyncio.get_running_loop()
+    ends_at = loop.time() + timeout_s
+    silence = (
+        f"no answer within {timeout_s:g} s; is the coordinator running, and does the network let UDP "
+        f"port {parsed.port} through?"
+    )
     try:
-        async with asyncio.timeout(timeout_s):
-            try:
-                found = await loop.getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_DGRAM)
-            except (OSError, UnicodeError) as error:
-                raise ConnectFailed(url, f"the host name {parsed.host!r} cannot be resolved ({error})") from error
-            problem: ConnectFailed | None = None
-            for family, _, _, _, address in found:
-                try:
-                    return await _connect_to(parsed, family, address, tls or ClientTls(), list(protocols))
-                except ConnectFailed as error:
-                    problem = problem or error
-            assert problem is not None
-            raise problem
+        async with asyncio.timeout_at(ends_at):
+            found = await loop.getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_DGRAM)
     except TimeoutError:
-        raise ConnectFailed(
-            url,
-            f"no answer within {timeout_s:g} s; is the coordinator running, and does the network let UDP "
-            f"port {parsed.port} through?",
-        ) from None
+        raise ConnectFailed(url, f"the host name {parsed.host!r} was not resolved within {timeout_s:g} s") from None
+    except (OSError, UnicodeError) as error:
+        raise ConnectFailed(url, f"the host name {parsed.host!r} cannot be resolved ({error})") from error
+    problems: dict[str, str] = {}
+    for tried, (family, _, _, _, address) in enumerate(found):
+        # An address that is silent must leave time for the others.
+        share_s = (ends_at - loop.time()) / (len(found) - tried)
+        try:
+            async with asyncio.timeout(share_s):
+                return await _connect_to(parsed, family, address, tls or ClientTls(), list(protocols))
+        except ConnectFailed as error:
+            problems.setdefault(error.problem, format_address(address))
+        except TimeoutError:
+            problems.setdefault(silence, format_address(address))
+    if len(problems) == 1:
+        raise ConnectFailed(url, *problems)
+    raise ConnectFailed(url, "; ".join(f"{address}: {problem}" for problem, address in problems.items()))
 
 
 async def _connect_to(
@@ -90,6 +103,10 @@ def _explain(error: ConnectionClosed, tls: ClientTls, protocols: list[str]) -> s
     if error.code == _ALERT_NO_APPLICATION_PROTOCOL:
         return f"the server speaks none of {', '.join(protocols)}; is it a Quorate coordinator of this version?"
     if error.code in _ALERTS_CERTIFICATE and not error.by_peer:
+        if "doesn't match" in error.reason:
+            return f"the server's certificate is for another host: {error.reason}"
+        if error.code == _ALERT_CERTIFICATE_EXPIRED:
+            return f"the server's certificate is out of date: {error.reason}"
         trusted = f"the authorities in {tls.ca_file}" if tls.ca_file else "the system's authorities"
         return f"the server's certificate is not trusted by {trusted}: {error.reason}"
     return str(error)
@@ -144,6 +161,8 @@ class QuicServer(Server):
         await self._endpoint.close(code, reason)
 
     def _on_connection(self, connection: QuicConnection) -> None:
+        if len(self._ready) >= self._backlog:
+            self._ready = deque(waiting for waiting in self._ready if not waiting.is_closed)
         if len(self._ready) >= self._backlog:
             connection.abort(Code.BUSY, "too many connections wait to be accepted")
             return

@@ -4,16 +4,34 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from quorate_protocol.errors import QuorateError
-from quorate_protocol.limits import STREAM_WRITE_BYTES_HIGH, STREAM_WRITE_BYTES_LOW
+from quorate_protocol.errors import QuorateError, StoppedByPeer
+from quorate_protocol.limits import (
+    FRAME_BYTES_MAX,
+    FRAME_PREFIX_BYTES,
+    STREAM_WRITE_BYTES_HIGH,
+    STREAM_WRITE_BYTES_LOW,
+)
 from quorate_protocol.transport.api import BiStream, Priority, ReceiveStream, SendStream
 
 if TYPE_CHECKING:
     from quorate_protocol.transport.connection import QuicConnection
 
-#: Bytes handed to the engine at once by `send`: small enough to stop soon after the watermark,
-#: large enough not to matter.
-_SLICE_BYTES: Final = 256 << 10
+#: Bytes handed to the engine at once by `send`. A frame is never more: a `send` of one that is
+#: cancelled has sent all of it or nothing, and no other frame gets into its middle.
+_SLICE_BYTES: Final = FRAME_PREFIX_BYTES + FRAME_BYTES_MAX
+
+#: Unread chunks smaller than this are joined with what comes next: a peer that sends single bytes
+#: would fill the window with objects of fifty times their size.
+_SMALL_CHUNK_BYTES: Final = 512
+
+#: Codes are variable-length integers (RFC 9000, 16).
+_CODE_MAX: Final = (1 << 62) - 1
+
+
+def check_code(code: int) -> None:
+    """Raises ValueError for what cannot be an error code on the wire."""
+    if not 0 <= code <= _CODE_MAX:
+        raise ValueError(f"an error code is from 0 to 2**62 - 1, got {code}")
 
 
 class QuicSendStream(SendStream):
@@ -28,7 +46,11 @@ class QuicSendStream(SendStream):
         self._priority = priority
         self._send_error: QuorateError | None = None
         self._send_ended = False
-        self._send_waiter: asyncio.Future[None] | None = None
+        self._sending = False
+        #: A sleeping `send` has handed over a part of its bytes: nothing else may come between.
+        self._sending_midway = False
+        #: Tasks that wait for acknowledgements, and the unacknowledged bytes at which each goes on.
+        self._send_waiters: dict[asyncio.Future[None], int] = {}
 
     @property
     def priority(self) -> Priority:
@@ -42,34 +64,46 @@ class QuicSendStream(SendStream):
             self._connection.engine.set_priority(self.id, priority)
 
     async def send(self, data: bytes) -> None:
-        view = memoryview(data)
-        while True:
-            self._check_can_send()
+        self._check_can_send()
+        if self._sending:
+            raise RuntimeError(f"stream {self.id}: two tasks send at once")
+        self._sending = True
+        try:
+            view = memoryview(data)
+            while True:
+                while self.unsent_bytes >= STREAM_WRITE_BYTES_HIGH:
+                    await self._wait_below(STREAM_WRITE_BYTES_LOW)
+                    self._check_can_send()
+                self._connection.write(self.id, bytes(view[:_SLICE_BYTES]))
+                view = view[_SLICE_BYTES:]
+                if not view:
+                    break
+                self._sending_midway = True
+            self._sending_midway = False
             if self.unsent_bytes >= STREAM_WRITE_BYTES_HIGH:
                 await self._wait_below(STREAM_WRITE_BYTES_LOW)
-                continue
-            self._connection.write(self.id, bytes(view[:_SLICE_BYTES]))
-            view = view[_SLICE_BYTES:]
-            if not view:
-                break
-        if self.unsent_bytes >= STREAM_WRITE_BYTES_HIGH:
-            await self._wait_below(STREAM_WRITE_BYTES_LOW)
+                if self._send_error is not None:
+                    raise self._send_error.with_traceback(None)
+        finally:
+            self._sending = self._sending_midway = False
 
-    def send_nowait(self, data: bytes) -> None:
+    def send_nowait(self, data: bytes, *, hurried: bool = True) -> None:
         self._check_can_send()
-        self._connection.write(self.id, data)
+        if self._sending_midway:
+            raise RuntimeError(f"stream {self.id}: another task is in the middle of sending")
+        self._connection.write(self.id, data, hurried=hurried)
 
     @property
     def unsent_bytes(self) -> int:
         return self._connection.engine.unacknowledged_bytes(self.id)
 
     async def flush(self) -> None:
-        while self.unsent_bytes:
-            if self._send_error is not None:
-                raise self._send_error
-            if self._connection.close_error is not None:
-                raise self._connection.close_error
+        while self.unsent_bytes and self._send_error is None:
+            self._connection.check_open()
             await self._wait_below(0)
+        # A stopped stream waits for nothing any more, and yet not everything was acknowledged.
+        if self._send_error is not None and (self.unsent_bytes or isinstance(self._send_error, StoppedByPeer)):
+            raise self._send_error.with_traceback(None)
 
     async def finish(self) -> None:
         if self._send_ended or self._send_error is not None:
@@ -79,10 +113,12 @@ class QuicSendStream(SendStream):
         self._connection.forget_if_done(self)
 
     def reset(self, code: int) -> None:
+        check_code(code)
         if self._send_error is not None or self._connection.is_closed:
             return
         self._send_ended = True
         self._connection.reset(self.id, code)
+        self.on_acknowledged()
         self._connection.forget_if_done(self)
 
     @property
@@ -92,33 +128,34 @@ class QuicSendStream(SendStream):
 
     def _check_can_send(self) -> None:
         if self._send_error is not None:
-            raise self._send_error
+            raise self._send_error.with_traceback(None)
         if self._send_ended:
             raise RuntimeError(f"stream {self.id} was finished or reset: nothing can be sent on it any more")
-        if self._connection.close_error is not None:
-            raise self._connection.close_error
+        self._connection.check_open()
 
     async def _wait_below(self, low_bytes: int) -> None:
-        if self._send_waiter is not None:
-            raise RuntimeError(f"stream {self.id}: two tasks send at once")
-        self._send_waiter = asyncio.get_running_loop().create_future()
-        self._connection.watch_writes(self, low_bytes)
+        waiter = asyncio.get_running_loop().create_future()
+        self._send_waiters[waiter] = low_bytes
+        self._connection.watch_writes(self)
         try:
-            await self._send_waiter
+            await waiter
         finally:
-            self._send_waiter = None
-            self._connection.unwatch_writes(self)
+            del self._send_waiters[waiter]
+            if not self._send_waiters:
+                self._connection.unwatch_writes(self)
 
     # From the connection:
 
-    def on_writable(self) -> None:
-        if self._send_waiter is not None and not self._send_waiter.done():
-            self._send_waiter.set_result(None)
+    def on_acknowledged(self) -> None:
+        unsent_bytes = self.unsent_bytes if self._send_error is None else 0
+        for waiter, low_bytes in self._send_waiters.items():
+            if unsent_bytes <= low_bytes and not waiter.done():
+                waiter.set_result(None)
 
     def on_send_failed(self, error: QuorateError) -> None:
         if self._send_error is None:
             self._send_error = error
-        self.on_writable()
+        self.on_acknowledged()
 
 
 class QuicReceiveStream(ReceiveStream):
@@ -143,7 +180,7 @@ class QuicReceiveStream(ReceiveStream):
             if self._receive_ended:
                 return b""
             if self._receive_error is not None:
-                raise self._receive_error
+                raise self._receive_error.with_traceback(None)
             if self._receive_waiter is not None:
                 raise RuntimeError(f"stream {self.id}: two tasks receive at once")
             self._receive_waiter = asyncio.get_running_loop().create_future()
@@ -159,6 +196,7 @@ class QuicReceiveStream(ReceiveStream):
         return chunk
 
     def stop(self, code: int) -> None:
+        check_code(code)
         if self._stopped:
             return
         self._stopped = True
@@ -190,7 +228,11 @@ class QuicReceiveStream(ReceiveStream):
             self._connection.consumed(self.id, len(data))
             return
         if data:
-            self._unread.append(data)
+            unread = self._unread
+            if unread and len(unread[-1]) < _SMALL_CHUNK_BYTES:
+                unread[-1] += data
+            else:
+                unread.append(data)
         if end:
             self._receive_ended = True
         self._wake_reader()

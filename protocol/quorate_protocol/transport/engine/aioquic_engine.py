@@ -5,16 +5,18 @@ the port, and its closing is told to the driver when it happens, not after the d
 """
 
 import logging
+import ssl
 from typing import Any, Final
 
-from aioquic import tls as quic_tls
 from aioquic._buffer import Buffer
 from aioquic.quic import events
 from aioquic.quic.configuration import SMALLEST_MAX_DATAGRAM_SIZE, QuicConfiguration
 from aioquic.quic.connection import QuicConnectionState
 from aioquic.quic.packet import QuicPacketType, encode_quic_version_negotiation, pull_quic_header
 from aioquic.tls import CipherSuite
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.x509 import load_pem_x509_certificates
 
 from quorate_protocol.errors import ConfigurationError, ConnectionClosed
 from quorate_protocol.limits import (
@@ -34,6 +36,12 @@ _DATAGRAM_FRAME_BYTES_MAX: Final = 65_535
 #: Unsent datagrams; the oldest goes first, because a newer pulse or event says more.
 _DATAGRAMS_PENDING_MAX: Final = 256
 
+#: Longest reason of a close in UTF-8 bytes: its frame has to fit one packet of the least size.
+_REASON_BYTES_MAX: Final = 1000
+
+#: Shortest id that a client may make up for a server (RFC 9000, 7.2): of shorter ones, two would be alike.
+_MADE_UP_ID_BYTES_MIN: Final = 8
+
 
 class AioquicEngine:
     """One connection. Implements `Engine`."""
@@ -50,14 +58,19 @@ class AioquicEngine:
         before = self._quic._close_at
         self._quic.receive_datagram(datagram, address, now)
         self._quic.note_packet(now)
-        # An authentic packet moves the idle timer; nothing else does here.
-        return self._quic._close_at != before
+        # An authentic packet moves the idle timer; so does a first one that is not.
+        return self._quic._close_at != before and self.is_established
 
     def handle_timer(self, now: float) -> None:
+        keepalive_at = self._quic.keepalive_at
+        if keepalive_at is not None and keepalive_at <= now:
+            self._quic.send_ping(0)
         self._quic.handle_timer(now)
 
     def timer(self) -> float | None:
-        return self._quic.get_timer()
+        at = self._quic.get_timer()
+        keepalive_at = self._quic.keepalive_at
+        return at if at is None or keepalive_at is None else min(at, keepalive_at)
 
     def datagrams_to_send(self, now: float) -> list[tuple[bytes, Address]]:
         quic = self._quic
@@ -159,8 +172,17 @@ class AioquicEngine:
         self._quic.send_datagram_frame(data)
         if len(self._quic._datagrams_pending) > _DATAGRAMS_PENDING_MAX:
             self._quic._datagrams_pending.popleft()
+            self._quic.datagrams_dropped += 1
+
+    @property
+    def datagrams_dropped(self) -> int:
+        return self._quic.datagrams_dropped
+
+    def hold_streams(self, *, bidirectional: bool, count: int) -> bool:
+        return self._quic.set_unaccepted(count, bidirectional=bidirectional)
 
     def close(self, code: int, reason: str) -> None:
+        reason = reason.encode(errors="replace")[:_REASON_BYTES_MAX].decode(errors="ignore")
         self._quic.close(error_code=code, reason_phrase=reason)
 
 
@@ -177,27 +199,38 @@ class AioquicFactory:
     def client(self, tls: ClientTls, server_name: str, protocols: list[str]) -> AioquicEngine:
         configuration = self._configuration(is_client=True, protocols=protocols)
         configuration.server_name = tls.server_name or server_name
-        if tls.ca_file is not None:
+        if tls.ca_file is None:
+            # Those of the system, where aioquic would take its own bundle; with none there, it does.
+            paths = ssl.get_default_verify_paths()
+            configuration.load_verify_locations(cafile=paths.cafile, capath=paths.capath)
+        else:
             try:
-                authorities = tls.ca_file.read_bytes()
-                quic_tls.load_pem_x509_certificates(authorities)
-                configuration.load_verify_locations(cadata=authorities)
+                authorities = load_pem_x509_certificates(tls.ca_file.read_bytes())
             except (OSError, ValueError) as error:
                 raise ConfigurationError("ca_file", f"cannot read authorities from {tls.ca_file}: {error}") from error
+            # Written anew, because aioquic's own reader takes neither blank lines nor carriage returns.
+            pem = b"".join(authority.public_bytes(Encoding.PEM) for authority in authorities)
+            configuration.load_verify_locations(cadata=pem)
         return AioquicEngine(Connection(configuration=configuration))
 
     def set_server(self, tls: ServerTls, protocols: list[str]) -> None:
         configuration = self._configuration(is_client=False, protocols=protocols)
         try:
-            configuration.load_cert_chain(tls.certificate_file, tls.key_file)
-        except (OSError, ValueError, IndexError, TypeError) as error:
+            certificate, *chain = load_pem_x509_certificates(tls.certificate_file.read_bytes())
+            public_key = _public_bytes(certificate.public_key())
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
             raise ConfigurationError(
-                "tls", f"cannot read certificate {tls.certificate_file} and key {tls.key_file}: {error}"
+                "tls.certificate_file", f"cannot read a certificate from {tls.certificate_file}: {error}"
             ) from error
-        if _public_bytes(configuration.certificate.public_key()) != _public_bytes(
-            configuration.private_key.public_key()
-        ):
+        try:
+            private_key = load_pem_private_key(tls.key_file.read_bytes(), None)
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise ConfigurationError("tls.key_file", f"cannot read a key from {tls.key_file}: {error}") from error
+        if public_key != _public_bytes(private_key.public_key()):
             raise ConfigurationError("tls.key_file", f"{tls.key_file} is not the key of {tls.certificate_file}")
+        configuration.certificate = certificate
+        configuration.certificate_chain = chain
+        configuration.private_key = private_key
         self._server_configuration = configuration
 
     def server(self, arrival: Arrival) -> AioquicEngine:
@@ -231,7 +264,12 @@ class AioquicFactory:
                 else None
             )
             return Arrival(header.destination_cid, False, answer)
-        return Arrival(header.destination_cid, large_enough and header.packet_type is QuicPacketType.INITIAL, None)
+        opens = (
+            header.packet_type is QuicPacketType.INITIAL
+            and large_enough
+            and len(header.destination_cid) >= _MADE_UP_ID_BYTES_MIN
+        )
+        return Arrival(header.destination_cid, opens, None)
 
     def _configuration(self, *, is_client: bool, protocols: list[str]) -> QuicConfiguration:
         return QuicConfiguration(

@@ -117,10 +117,20 @@ class Engine(Protocol):
         """Largest unreliable message that can be sent now; 0 when the peer takes none."""
 
     def send_datagram(self, data: bytes) -> None:
-        """Queues an unreliable message of at most `datagram_bytes_max` bytes."""
+        """Queues an unreliable message of at most `datagram_bytes_max` bytes; drops the oldest when too many wait."""
+
+    @property
+    def datagrams_dropped(self) -> int:
+        """Unreliable messages that were queued and dropped before they were sent, so far."""
+
+    def hold_streams(self, *, bidirectional: bool, count: int) -> bool:
+        """So many of the peer's streams are not accepted: they count against its limit even when they have ended.
+
+        True when the peer should hear of it: it may open more, and has few left.
+        """
 
     def close(self, code: int, reason: str) -> None:
-        """Ends the connection with an application code."""
+        """Ends the connection with an application code; a reason that is too long for a packet is cut."""
 
 
 @dataclass(frozen=True, slots=True)

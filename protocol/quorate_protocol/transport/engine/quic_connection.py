@@ -14,7 +14,8 @@ stock connection, and why:
   the reader consumed plus a fixed window (RFC 9000, 4.1 and 4.2).
 - **Acknowledgements** ride with data; alone they wait for some milliseconds or packets (RFC 9000,
   13.2.2 leaves that to the receiver), and never when packets are missing.
-- **Stream limits** are stated in the handshake instead of growing one by one.
+- **Stream limits** are stated in the handshake instead of growing one by one, and a stream that
+  nobody has accepted keeps its place: a peer could open and end them without bound otherwise.
 - **Datagrams** that do not fit any more are dropped, instead of blocking all behind them for ever.
 """
 
@@ -49,8 +50,9 @@ _PATIENCE_PACKETS: Final = (0, 16, 32, 64)
 #: Frame type, stream id and value as longest variable-length integers.
 _LIMIT_FRAME_CAPACITY: Final = 1 + 8 + 8
 
-#: A 1-RTT packet's header, frame header and tag around one DATAGRAM frame, at the most.
-DATAGRAM_OVERHEAD_BYTES: Final = 30
+#: Around one DATAGRAM frame in a 1-RTT packet, at the most: first byte and packet number 3, the
+#: peer's connection id 20 (it may change to a longer one at any time), frame header 3, tag 16.
+DATAGRAM_OVERHEAD_BYTES: Final = 42
 
 #: Methods of aioquic that are replaced here, or whose inner workings the replacements rely on, with
 #: the SHA-256 of their source in the pinned release: an upgrade that touches one fails a test.
@@ -108,6 +110,9 @@ class Connection(QuicConnection):
         self._consumed_bytes: dict[int, int] = {}
         self._consumed_total_bytes = 0
         self._packets_since_ack = 0
+        #: Streams of the peer that nobody has accepted.
+        self.unaccepted_bidi = 0
+        self.unaccepted_uni = 0
         self.streams_were_unblocked = False
         #: Datagrams that were dropped before they were sent.
         self.datagrams_dropped = 0
@@ -157,12 +162,7 @@ class Connection(QuicConnection):
 
     def consumed(self, stream_id: int, count: int) -> bool:
         """A reader took bytes; True when the peer should hear of it."""
-        due = False
-        self._consumed_total_bytes += count
-        limit = self._local_max_data
-        if self._consumed_total_bytes + CONNECTION_WINDOW_BYTES - limit.value >= CONNECTION_WINDOW_BYTES // 2:
-            limit.value = self._consumed_total_bytes + CONNECTION_WINDOW_BYTES
-            due = True
+        due = self._credit_connection(count)
         stream = self._streams.get(stream_id)
         if stream is None or stream.receiver.is_finished:
             return due
@@ -173,11 +173,47 @@ class Connection(QuicConnection):
             due = True
         return due
 
+    def _credit_connection(self, count: int) -> bool:
+        """Opens the connection's window by bytes that are out of our hands; True when the peer should hear of it."""
+        self._consumed_total_bytes += count
+        self._local_max_data.value = self._consumed_total_bytes + CONNECTION_WINDOW_BYTES
+        return self._is_due(self._local_max_data)
+
     def note_end(self, stream_id: int) -> None:
         """The receiving half of a stream has ended."""
         stream = self._streams.get(stream_id)
-        if stream is not None and stream.is_finished:
+        if stream is None:
+            return
+        # After a reset, bytes that count against the connection's window were not delivered and will not be.
+        receiver = stream.receiver
+        if undelivered := receiver.highest_offset - receiver.starting_offset():
+            self._credit_connection(undelivered)
+        if stream.is_finished:
             self._finished.append(stream)
+
+    def set_unaccepted(self, count: int, *, bidirectional: bool) -> bool:
+        """So many streams of the peer wait to be accepted; True when the peer should hear of its limit."""
+        if bidirectional:
+            self.unaccepted_bidi = count
+            return self._is_due(self._local_max_streams_bidi)
+        self.unaccepted_uni = count
+        return self._is_due(self._local_max_streams_uni)
+
+    @property
+    def keepalive_at(self) -> float | None:
+        """When a client has to say something lest the server forgets it; None while something is under way.
+
+        RFC 9000, 10.1.2: an application that waits for an answer is not idle. Servers leave that to
+        their clients, of which they have many.
+        """
+        if self._ack_eliciting_sent_since_receipt or not (self._is_client and self._handshake_confirmed):
+            return None
+        if self._close_at is None or self._close_event is not None:
+            return None
+        idle_timeout_s = self._configuration.idle_timeout
+        if self._remote_max_idle_timeout is not None:
+            idle_timeout_s = min(idle_timeout_s, self._remote_max_idle_timeout)
+        return self._close_at - idle_timeout_s / 2
 
     def note_packet(self, now: float) -> None:
         """A datagram was received: see that its acknowledgement does not wait for too long."""
@@ -205,10 +241,11 @@ class Connection(QuicConnection):
             or path.remote_challenges
             or not path.is_validated
             or len(self._network_paths) > 1
-            or self._local_max_data.value != self._local_max_data.sent
             or not self._crypto_streams[tls.Epoch.ONE_RTT].sender.buffer_is_empty
             or not all(connection_id.was_sent for connection_id in self._host_cids)
-            or any(self._is_due(limit) for limit in (self._local_max_streams_bidi, self._local_max_streams_uni))
+            or self._is_due(self._local_max_data)
+            or self._is_due(self._local_max_streams_bidi)
+            or self._is_due(self._local_max_streams_uni)
         ):
             return True
         # Whatever held back an earlier pass is gone, or its timer would fire for ever.
@@ -347,20 +384,29 @@ class Connection(QuicConnection):
             self._retire_connection_ids.pop(0)
         for limit in (self._local_max_data, self._local_max_streams_bidi, self._local_max_streams_uni):
             if self._is_due(limit):
+                value = limit.value - self._unaccepted(limit)
                 buf = builder.start_frame(
                     limit.frame_type,
                     capacity=_LIMIT_FRAME_CAPACITY,
                     handler=self._on_connection_limit_delivery,
                     handler_args=(limit,),
                 )
-                buf.push_uint_var(limit.value)
-                limit.sent = limit.value
+                buf.push_uint_var(value)
+                limit.sent = value
 
     def _is_due(self, limit: Limit) -> bool:
-        """Whether the peer should be told of a limit: of streams, only when it has few left to open."""
-        if limit.value == limit.sent:
-            return False
-        return limit is self._local_max_data or limit.sent - limit.used < limit.value - limit.sent
+        """Whether the peer should be told of a limit: when it has less left than it would get.
+
+        What it has left shrinks when it sends, too: were the limit told only when enough was consumed,
+        unread streams could hold the connection's window, and with it the one that is being read.
+        """
+        return limit.sent - limit.used < limit.value - self._unaccepted(limit) - limit.sent
+
+    def _unaccepted(self, limit: Limit) -> int:
+        """What a limit is to be lowered by: streams that nobody has accepted, whether they live or not."""
+        if limit is self._local_max_streams_bidi:
+            return self.unaccepted_bidi
+        return self.unaccepted_uni if limit is self._local_max_streams_uni else 0
 
     def _write_limits(self, builder: QuicPacketBuilder) -> None:
         while self._limits_due:
