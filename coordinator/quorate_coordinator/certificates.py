@@ -8,16 +8,19 @@ before. Whoever has certificates of their own names them in `[tls]` and none of 
 
 import contextlib
 import datetime
+import fcntl
 import ipaddress
 import os
 import secrets
 import socket
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -33,6 +36,8 @@ _RENEW_BEFORE: Final = datetime.timedelta(days=5)
 #: Clocks of other machines may be behind ours.
 _BACKDATE: Final = datetime.timedelta(hours=1)
 _TOKEN_BYTES: Final = 32
+
+_AUTHORITY_KEY_NAME: Final = "ca-key.pem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +75,7 @@ def ensure_development_credentials(
     files = DevelopmentCredentials(
         state_dir / CA_NAME, state_dir / CERTIFICATE_NAME, state_dir / KEY_NAME, ensure_token(state_dir)
     )
-    try:
-        ensure_certificate(files, names=names, now=now)
-    except OSError as error:
-        raise _unwritable(state_dir, error) from error
+    ensure_certificate(files, names=names, now=now)
     return files
 
 
@@ -84,12 +86,9 @@ def ensure_token(state_dir: Path) -> Path:
         ConfigurationError: it cannot be written.
     """
     token_file = state_dir / TOKEN_NAME
-    try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _holding(state_dir):
         if not token_file.exists():
             _write(token_file, secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n", private=True)
-    except OSError as error:
-        raise _unwritable(state_dir, error) from error
     return token_file
 
 
@@ -100,26 +99,44 @@ def ensure_certificate(files: DevelopmentCredentials, *, names: Iterable[str] = 
         Whether it was renewed.
 
     Raises:
-        OSError: a file cannot be read or written.
-        ConfigurationError: a file holds something else.
+        ConfigurationError: a file cannot be read or written, or the authority's hold something else.
     """
-    wanted = _alternative_names(names)
-    authority_key_file = files.ca_file.with_name("ca-key.pem")
-    if not (files.ca_file.exists() and authority_key_file.exists()):
-        authority_key = ec.generate_private_key(ec.SECP256R1())
-        _write(authority_key_file, _key_pem(authority_key), private=True)
-        _write(files.ca_file, _authority(authority_key, now).public_bytes(serialization.Encoding.PEM))
-        files.certificate_file.unlink(missing_ok=True)
-    elif _is_good(files, wanted, now):
-        return False
+    with _holding(files.ca_file.parent):
+        return _ensure_certificate(files, _alternative_names(names), now)
+
+
+@contextlib.contextmanager
+def _holding(state_dir: Path) -> Iterator[None]:
+    """Makes the directory where it does not exist, and keeps other coordinators off it for a while.
+
+    Raises:
+        ConfigurationError: it, or a file in it, cannot be read or written.
+    """
     try:
-        authority = x509.load_pem_x509_certificate(files.ca_file.read_bytes())
-        authority_key_any = serialization.load_pem_private_key(authority_key_file.read_bytes(), None)
-    except ValueError as error:
-        raise ConfigurationError(
-            "state_dir", f"{files.ca_file} or {authority_key_file} is damaged ({error}); delete both to make new ones"
-        ) from error
-    assert isinstance(authority_key_any, ec.EllipticCurvePrivateKey)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # Two coordinators that start at once in one directory must not mix their files. Where a file system
+            # cannot lock a directory (NFS), they are on their own.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        problem = f"cannot use {error.filename or state_dir}: {error.strerror or error}"
+        raise ConfigurationError("state_dir", problem) from error
+
+
+def _ensure_certificate(files: DevelopmentCredentials, wanted: list[x509.GeneralName], now: datetime.datetime) -> bool:
+    authority_key_file = files.ca_file.with_name(_AUTHORITY_KEY_NAME)
+    if not (files.ca_file.exists() and authority_key_file.exists()):
+        new_key = ec.generate_private_key(ec.SECP256R1())
+        _write(authority_key_file, _key_pem(new_key), private=True)
+        _write(files.ca_file, _authority(new_key, now).public_bytes(serialization.Encoding.PEM))
+    authority, authority_key = _load_authority(files.ca_file, authority_key_file)
+    if _is_good(files, authority, wanted, now):
+        return False
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
         x509.CertificateBuilder()
@@ -133,28 +150,38 @@ def ensure_certificate(files: DevelopmentCredentials, *, names: Iterable[str] = 
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key_any.public_key()), critical=False
-        )
-        .sign(authority_key_any, hashes.SHA256())
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
+        .sign(authority_key, hashes.SHA256())
     )
     _write(files.key_file, _key_pem(key), private=True)
     _write(files.certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
     return True
 
 
-def _unwritable(state_dir: Path, error: OSError) -> ConfigurationError:
-    return ConfigurationError("state_dir", f"cannot write {error.filename or state_dir}: {error.strerror or error}")
+def _load_authority(ca_file: Path, key_file: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    remedy = "delete both to make new ones (agents and operators will have to trust the new ca.pem)"
+    try:
+        authority = x509.load_pem_x509_certificate(ca_file.read_bytes())
+        key = serialization.load_pem_private_key(key_file.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        problem = str(error).strip().splitlines()[:1] or ["cannot be read"]
+        raise ConfigurationError("state_dir", f"{ca_file} or {key_file} is damaged ({problem[0]}); {remedy}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != authority.public_key():
+        raise ConfigurationError("state_dir", f"{key_file} is not the key of {ca_file}; {remedy}")
+    return authority, key
 
 
-def _is_good(files: DevelopmentCredentials, wanted: list[x509.GeneralName], now: datetime.datetime) -> bool:
+def _is_good(
+    files: DevelopmentCredentials, authority: x509.Certificate, wanted: list[x509.GeneralName], now: datetime.datetime
+) -> bool:
     if not (files.certificate_file.exists() and files.key_file.exists()):
         return False
     try:
         certificate = x509.load_pem_x509_certificate(files.certificate_file.read_bytes())
         key = serialization.load_pem_private_key(files.key_file.read_bytes(), None)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (ValueError, x509.ExtensionNotFound):
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound, InvalidSignature):
         return False
     fits = isinstance(key, ec.EllipticCurvePrivateKey) and key.public_key() == certificate.public_key()
     return fits and certificate.not_valid_after_utc - now > _RENEW_BEFORE and set(wanted) <= set(names)
@@ -211,13 +238,17 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, content: bytes, *, private: bool = False) -> None:
-    # Written aside and renamed: a reader sees the old file or the new one, and a secret is never
-    # readable by others, not even for a moment.
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Written aside and renamed: a reader sees the old file or the new one (also after a crash), a secret is
+    # never readable by others, and where a link was put in the file's place, it is replaced and not followed.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    aside = Path(name)
     try:
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o644)
         with os.fdopen(descriptor, "wb") as file:
+            if not private:
+                os.fchmod(file.fileno(), 0o644)
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         aside.rename(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -6,8 +6,9 @@ and closes the links.
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Any, Final, assert_never
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, assert_never
 
 import structlog
 
@@ -29,6 +30,7 @@ from quorate_coordinator.membership import (
     ReplaceLink,
 )
 from quorate_coordinator.registry import Registry
+from quorate_coordinator.serving import first_of, refuse_streams
 from quorate_protocol import __version__
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import (
@@ -48,6 +50,13 @@ log = structlog.get_logger()
 #: read: its link is closed, and it may come back.
 UNSENT_BYTES_MAX: Final = 16 << 20
 
+#: Seconds between the two ways in which an agent that leaves says so: the end of its coordination stream
+#: and its goodbye, which may overtake it.
+LEAVE_TIMEOUT_S: Final = 2.0
+
+#: With what a stream is refused that an agent has no use for.
+_SURPLUS: Final = Code.UNEXPECTED_MESSAGE
+
 
 class AgentLink:
     """One session of one agent on one connection."""
@@ -57,13 +66,20 @@ class AgentLink:
         self.control = control
         self.agent = hello.id
         self.session = session
+        #: Set once whoever serves this link is about to close it, with a code of their own.
+        self.is_ending = False
+        #: Set when the coordination stream is there, and at its end: no reply will come then.
+        self.has_opened = asyncio.Event()
+        self.replies_ended = asyncio.Event()
+        #: Why the agent leaves, once it has said so.
+        self.goodbye: str | None = None
         self._stream: BiStream | None = None
         #: Frames for an agent that was welcomed and has not opened its stream yet. Bounded: by the
         #: rounds that one agent may owe, and the seconds that it has to open it.
         self._early: list[bytes] = []
         self._early_bytes = 0
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes, *, hurried: bool = True) -> None:
         """Queues a frame; an agent that is too far behind, or gone, gets nothing more."""
         if self.connection.is_closed:
             return
@@ -79,15 +95,16 @@ class AgentLink:
             return
         if self._stream is not None:
             try:
-                self._stream.send_nowait(frame)
+                self._stream.send_nowait(frame, hurried=hurried)
             except QuorateError:
-                # It stopped the stream; its reader ends the session.
-                return
+                # It stopped the stream: an agent that cannot be asked must not be waited for.
+                self.close(Code.BUSY, "not reading")
 
     def opened(self, stream: BiStream) -> None:
         """The agent has opened its coordination stream."""
         stream.priority = Priority.HIGH
         self._stream = stream
+        self.has_opened.set()
         for frame in self._early:
             stream.send_nowait(frame)
         self._early.clear()
@@ -108,6 +125,8 @@ class Fleet:
         open_timeout_s: float,
         on_reply: Callable[[str, Reply], None],
         on_lost: Callable[[str, str], None],
+        handshakes_total: Counter[str],
+        protocol_errors_total: Counter[str],
     ) -> None:
         self.registry: Final = Registry(lease_s=lease_s)
         self._lease_s = lease_s
@@ -115,6 +134,8 @@ class Fleet:
         self._open_timeout_s = open_timeout_s
         self._on_reply = on_reply
         self._on_lost = on_lost
+        self._handshakes_total = handshakes_total
+        self._protocol_errors_total = protocol_errors_total
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         #: By session: every link that is served. By agent: the current one.
@@ -128,13 +149,13 @@ class Fleet:
         """Agents that can be asked, sorted."""
         return self.registry.select(task, labels)
 
-    def send(self, agents: Iterable[str], frame: bytes) -> None:
+    def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True) -> None:
         """Sends one frame to each of these agents that is connected."""
         links = self._links
         for agent in agents:
             link = links.get(agent)
             if link is not None:
-                link.send(frame)
+                link.send(frame, hurried=hurried)
 
     def last_seen_at(self, member: Member) -> float:
         """When an agent was last heard, on the loop's clock."""
@@ -167,15 +188,22 @@ class Fleet:
             refusal = self._refusals.pop(link.session, None)
             if refusal is not None:
                 raise Refused(refusal.reason, refusal.message, retry=refusal.retry)
-            reason = await self._serve_session(link)
-            self._handle(LinkBroken(link.agent, link.session, reason))
+            self._handshakes_total["welcome"] += 1
+            self._end_session(link, await self._serve_session(link))
         except BaseException as error:
-            self._handle(LinkBroken(link.agent, link.session, str(error) or type(error).__name__))
+            self._end_session(link, str(error) or type(error).__name__)
             raise
         finally:
             del self._sessions[link.session]
             if self._links.get(link.agent) is link:
                 del self._links[link.agent]
+
+    def _end_session(self, link: AgentLink, reason: str) -> None:
+        link.is_ending = True
+        if link.goodbye is not None:
+            self._handle(AgentLeft(link.agent, link.session, link.goodbye))
+        else:
+            self._handle(LinkBroken(link.agent, link.session, reason))
 
     async def _serve_session(self, link: AgentLink) -> str:
         """Reads what the agent says until its link ends; returns why it did.
@@ -192,7 +220,13 @@ class Fleet:
                     lease_s=self._lease_s,
                 )
             )
-            return await _first_of(self._read_control(link), self._read_coordination(link), self._read_pulses(link))
+            return await first_of(
+                self._read_control(link),
+                self._read_coordination(link),
+                self._read_pulses(link),
+                self._refuse_uni_streams(link),
+                self._refuse_bi_streams(link),
+            )
         except ProtocolError:
             raise
         except QuorateError as error:
@@ -204,11 +238,21 @@ class Fleet:
                 log.info("agent_draining", agent=link.agent, reason=message.reason)
                 self._handle(AgentDraining(link.agent, link.session))
             elif isinstance(message, Goodbye):
-                self._handle(AgentLeft(link.agent, link.session, message.reason))
+                link.goodbye = message.reason
+                await self._take_last_replies(link)
                 return "said goodbye"
             else:
                 raise UnexpectedMessage(message.wire_type, "on the control stream")
         return "finished its control stream"
+
+    async def _take_last_replies(self, link: AgentLink) -> None:
+        """Waits for the end of the coordination stream, which a goodbye may have overtaken."""
+        self._handle(AgentDraining(link.agent, link.session))
+        try:
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await link.replies_ended.wait()
+        except TimeoutError:
+            log.debug("agent_left_its_replies_open", agent=link.agent)
 
     async def _read_coordination(self, link: AgentLink) -> str:
         try:
@@ -229,12 +273,26 @@ class Fleet:
                 raise UnexpectedMessage(message.wire_type, "on the coordination stream")
             if self._links.get(link.agent) is link:
                 self._on_reply(link.agent, message)
+        link.replies_ended.set()
+        # It is about to say goodbye, or else it broke off.
+        self._handle(AgentDraining(link.agent, link.session))
+        await asyncio.sleep(LEAVE_TIMEOUT_S)
         return "finished its coordination stream"
 
     async def _read_pulses(self, link: AgentLink) -> str:
         # A pulse says nothing but that it came: the transport has noted that.
         while True:
             await link.connection.datagrams.receive()
+
+    async def _refuse_uni_streams(self, link: AgentLink) -> str:
+        return await refuse_streams(link.connection.accept_uni_stream, _SURPLUS, on_refused=self._count_surplus)
+
+    async def _refuse_bi_streams(self, link: AgentLink) -> str:
+        await link.has_opened.wait()
+        return await refuse_streams(link.connection.accept_bi_stream, _SURPLUS, on_refused=self._count_surplus)
+
+    def _count_surplus(self) -> None:
+        self._protocol_errors_total[_SURPLUS.name] += 1
 
     # --- registry ---
 
@@ -274,7 +332,8 @@ class Fleet:
     def _part(self, agent: str, session: str) -> None:
         link = self._sessions.get(session)
         if link is not None:
-            link.close(Code.LEASE_EXPIRED, "session is over")
+            if not link.is_ending:
+                link.close(Code.LEASE_EXPIRED, "session is over")
             if self._links.get(agent) is link:
                 del self._links[agent]
 
@@ -321,18 +380,3 @@ class Fleet:
             log.warning("agents_did_not_hear_goodbye")
         for link in links:
             link.close(Code.SHUTDOWN, reason)
-
-
-async def _first_of(*readers: Coroutine[Any, Any, str]) -> str:
-    """What the first reader to end returns or raises; the others are cancelled."""
-    tasks = [asyncio.create_task(reader) for reader in readers]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-    results = [task for task in tasks if task in done]
-    for other in results[1:]:
-        other.exception()  # one end of a link often ends two readers; the first tells it
-    return results[0].result()

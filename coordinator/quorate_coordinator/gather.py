@@ -7,13 +7,13 @@ the book's instructions.
 
 import asyncio
 import itertools
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol, assert_never
 
 import structlog
 
-from quorate_coordinator.learner.api import AgentReply, ClosedRound, Learner, Request
+from quorate_coordinator.learner.api import AgentReply, Answer, ClosedRound, Learner, Request
 from quorate_coordinator.rounds.book import BookLimits, RoundBook
 from quorate_coordinator.rounds.events import (
     AgentLost,
@@ -43,6 +43,7 @@ from quorate_coordinator.rounds.instructions import Outcome as BookOutcome
 from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_protocol.bodies import decode_body
 from quorate_protocol.errors import CallFailed, FrameMalformed
+from quorate_protocol.limits import CONNECTIONS_MAX
 from quorate_protocol.messages import (
     AgentResult,
     Ask,
@@ -57,6 +58,10 @@ from quorate_protocol.messages import (
 
 log = structlog.get_logger()
 
+#: Agents whose replies are counted one by one, the least recently counted go first: ids may be new with every
+#: process of an agent. More than may be connected.
+AGENTS_COUNTED_MAX: Final = 2 * CONNECTIONS_MAX
+
 
 class Fleet(Protocol):
     """What rounds need of the fleet."""
@@ -64,7 +69,7 @@ class Fleet(Protocol):
     def select(self, task: str, labels: Mapping[str, str]) -> tuple[str, ...]:
         """Agents that can be asked, sorted."""
 
-    def send(self, agents: Iterable[str], frame: bytes) -> None:
+    def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True) -> None:
         """Sends one frame to each of these agents that is connected."""
 
 
@@ -99,6 +104,8 @@ class Gatherer:
         self.replies_total: Counter[tuple[str, str]] = Counter()
         self.agent_replies_total: Counter[tuple[str, str]] = Counter()
         self.feedback_total: Counter[str] = Counter()
+        #: The agents in `agent_replies_total` and their statuses there, least recently counted first.
+        self._counted: OrderedDict[str, set[str]] = OrderedDict()
 
     # --- calls ---
 
@@ -243,7 +250,8 @@ class Gatherer:
             case SendFeedback():
                 self.feedback_total[instruction.task] += 1
                 frame = Feedback(round=instruction.round, task=instruction.task, truth=instruction.truth).to_frame()
-                self._fleet.send(instruction.agents, frame)
+                # The next assignment usually follows at once: both in one packet wake an agent once.
+                self._fleet.send(instruction.agents, frame, hurried=False)
             case LearnTruth():
                 self._learn(instruction)
             case RejectRequest():
@@ -262,13 +270,13 @@ class Gatherer:
 
     def _close(self, closed: BookOutcome) -> None:
         has_quorum = closed.state in ("complete", "quorate")
-        answer = self.learner.combine(_as_learner_sees(closed)) if has_quorum else None
+        answer = self._combine(closed) if has_quorum else None
         if answer is not None and answer.body is not None:
             self._answers[closed.round] = answer.body
         weights = answer.weights if answer is not None else {}
         for result in closed.results:
             self.replies_total[closed.task, result.status] += 1
-            self.agent_replies_total[result.agent, result.status] += 1
+            self._count_reply(result.agent, result.status)
         self.rounds_total[closed.task, closed.state] += 1
         self._observe_duration(closed.task, closed.duration_s)
         log.debug(
@@ -303,10 +311,35 @@ class Gatherer:
             )
         )
 
+    def _count_reply(self, agent: str, status: str) -> None:
+        self.agent_replies_total[agent, status] += 1
+        self._counted.setdefault(agent, set()).add(status)
+        self._counted.move_to_end(agent)
+        if len(self._counted) > AGENTS_COUNTED_MAX:
+            forgotten, statuses = self._counted.popitem(last=False)
+            for old in statuses:
+                del self.agent_replies_total[forgotten, old]
+
+    def _combine(self, closed: BookOutcome) -> Answer | None:
+        try:
+            return self.learner.combine(_as_learner_sees(closed))
+        except Exception:
+            # The round is over and its operator waits: a fault of the learner's costs the answer alone.
+            log.exception("learner_failed_to_combine", round=closed.round, task=closed.task)
+            return None
+
     def _learn(self, instruction: LearnTruth) -> None:
         closed = instruction.outcome
-        report = self.learner.learn(_as_learner_sees(closed, self._answers.pop(closed.round, None)), instruction.truth)
         future = self._reveals.get(instruction.request_id)
+        seen = _as_learner_sees(closed, self._answers.pop(closed.round, None))
+        try:
+            report = self.learner.learn(seen, instruction.truth)
+        except Exception:
+            log.exception("learner_failed_to_learn", round=closed.round, task=closed.task)
+            if future is not None and not future.done():
+                message = f"the learner failed to learn from round {closed.round}; the coordinator's log says more"
+                future.set_exception(CallFailed("internal", message))
+            return
         if future is not None and not future.done():
             future.set_result(
                 Revealed(

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -18,6 +19,9 @@ from starlette.routing import Route
 
 from quorate_protocol.errors import ConfigurationError
 from quorate_protocol.transport.address import join_host_port
+
+#: Connections that may wait to be accepted: scrapers and supervisors are few.
+_BACKLOG: Final = 128
 
 
 class _Server(uvicorn.Server):
@@ -91,6 +95,8 @@ def _bind_tcp(host: str, port: int) -> socket.socket:
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
+            # With SO_REUSEADDR it is only now that a second listener is turned away.
+            sock.listen(_BACKLOG)
             sock.setblocking(False)
         except BaseException:
             sock.close()

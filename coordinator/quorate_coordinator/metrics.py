@@ -4,10 +4,9 @@ Label values come from authenticated agents and operators only, and their number
 what the registry remembers, tasks by what agents announce.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,11 +16,27 @@ from quorate_coordinator.fleet import Fleet
 from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.learner.api import Learner
 from quorate_coordinator.operators import Operators
+from quorate_coordinator.rounds.instructions import StrayKind
 from quorate_protocol import __version__
+from quorate_protocol.errors import Code
 from quorate_protocol.transport import ServerStats
 
 #: Upper bounds of the round-duration histogram in seconds: from loopback's milliseconds to minutes.
 _DURATION_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+#: How a hello may end: let in; refused, and why; not said, or not in our words; not said in time; its sender gone.
+HANDSHAKE_RESULTS: Final = ("welcome", "unauthenticated", "draining", "full", "bad-hello", "timeout", "gone")
+
+#: The codes that blame a peer for what it sent.
+_PROTOCOL_ERRORS: Final = (
+    Code.FRAME_MALFORMED.name,
+    Code.FRAME_TOO_LARGE.name,
+    Code.FRAME_TRUNCATED.name,
+    Code.UNKNOWN_TYPE.name,
+    Code.MESSAGE_INVALID.name,
+    Code.UNEXPECTED_MESSAGE.name,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +48,7 @@ class Sources:
     gatherer: Gatherer
     operators: Operators
     server: ServerStats
-    #: By result.
+    #: By result, one of `HANDSHAKE_RESULTS`.
     handshakes_total: Mapping[str, int]
     #: By wire code.
     protocol_errors_total: Mapping[str, int]
@@ -82,7 +97,10 @@ class _StateCollector(Collector):
             gatherer.agent_replies_total,
         )
         yield _counter(
-            "quorate_stray_replies", "Replies that did not count.", ["kind"], _keyed(gatherer.book.stray_counts)
+            "quorate_stray_replies",
+            "Replies that did not count.",
+            ["kind"],
+            _keyed(gatherer.book.stray_counts, get_args(StrayKind)),
         )
         yield _counter(
             "quorate_feedback", "Truths sent to agents as feedback.", ["task"], _keyed(gatherer.feedback_total)
@@ -112,13 +130,17 @@ class _StateCollector(Collector):
     def _transport(self, sources: Sources) -> Iterator[Metric]:
         server = sources.server
         yield _gauge("quorate_connections", "QUIC connections now.", [], {(): server.connections})
-        yield _counter("quorate_handshakes", "Hellos, by how they ended.", ["result"], _keyed(sources.handshakes_total))
-        errors = Counter(sources.protocol_errors_total) + Counter(sources.operators.protocol_errors_total)
+        yield _counter(
+            "quorate_handshakes",
+            "Hellos, by how they ended.",
+            ["result"],
+            _keyed(sources.handshakes_total, HANDSHAKE_RESULTS),
+        )
         yield _counter(
             "quorate_protocol_errors",
             "Streams and connections ended for breaking the format.",
             ["code"],
-            _keyed(errors),
+            _keyed(sources.protocol_errors_total, _PROTOCOL_ERRORS),
         )
         yield _counter(
             "quorate_udp_datagrams",
@@ -175,6 +197,9 @@ def _counter(name: str, text: str, labels: list[str], samples: _Samples) -> Coun
     return family
 
 
-def _keyed(samples: Mapping[Any, float]) -> dict[tuple[str, ...], float]:
-    """The same with one-label keys."""
-    return {(str(key),): value for key, value in samples.items()}
+def _keyed(samples: Mapping[Any, float], known: Iterable[str] = ()) -> dict[tuple[str, ...], float]:
+    """The same with one-label keys. Known keys are there from the start: a rate needs a zero to begin from."""
+    keyed: dict[tuple[str, ...], float] = {(key,): 0.0 for key in known}
+    for key, value in samples.items():
+        keyed[str(key),] = value
+    return keyed

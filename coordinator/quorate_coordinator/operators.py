@@ -8,18 +8,31 @@ from typing import Final
 import structlog
 
 from quorate_coordinator.gather import Gatherer
+from quorate_coordinator.serving import first_of, refuse_streams
 from quorate_protocol import __version__
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import (
     CallFailed,
     Code,
-    LinkError,
+    FrameTooLarge,
     ProtocolError,
     QuorateError,
-    StreamError,
     UnexpectedMessage,
 )
-from quorate_protocol.messages import Agents, Ask, CallError, Fleet, Hello, Message, Reveal, Role, Welcome
+from quorate_protocol.limits import STREAMS_MAX
+from quorate_protocol.messages import (
+    Agents,
+    Ask,
+    CallError,
+    Fleet,
+    Goodbye,
+    Hello,
+    Message,
+    Outcome,
+    Reveal,
+    Role,
+    Welcome,
+)
 from quorate_protocol.transport import BiStream, Connection, Priority
 
 log = structlog.get_logger()
@@ -27,77 +40,136 @@ log = structlog.get_logger()
 #: How long an operator may take to acknowledge an answer, in seconds. Its stream is given up then.
 _ACKNOWLEDGE_TIMEOUT_S: Final = 5.0
 
+#: Calls of one operator that may be under way; one more is refused as busy. As many as the transport lets
+#: a peer have open at first.
+CALLS_MAX: Final = STREAMS_MAX
+
+#: With what a stream is refused that an operator has no use for.
+_SURPLUS: Final = Code.UNEXPECTED_MESSAGE
+
+#: Characters of an agent's error that stay where an outcome has no room for all.
+_ERROR_CHARS_LEFT: Final = 200
+
+#: More than the keys and lengths of one result's body and error take in a frame.
+_RESULT_KEYS_BYTES: Final = 32
+
 
 class Operators:
     """Serves operators and observers."""
 
-    def __init__(self, gatherer: Gatherer, list_fleet: Callable[[], Fleet], *, pulse_s: float, lease_s: float) -> None:
+    def __init__(
+        self,
+        gatherer: Gatherer,
+        list_fleet: Callable[[], Fleet],
+        *,
+        pulse_s: float,
+        lease_s: float,
+        handshakes_total: Counter[str],
+        protocol_errors_total: Counter[str],
+    ) -> None:
         self._gatherer = gatherer
         self._list_fleet = list_fleet
         self._pulse_s = pulse_s
         self._lease_s = lease_s
-        self._calls: set[asyncio.Task[None]] = set()
-        #: (call, result): totals since the start. The result is `ok` or the error's reason.
+        self._handshakes_total = handshakes_total
+        self._protocol_errors_total = protocol_errors_total
+        #: Calls whose request has come: what is owed.
+        self._owed: set[asyncio.Task[None]] = set()
+        #: (call, result): totals since the start. The result is `ok`, `withdrawn` or the error's reason.
         self.calls_total: Counter[tuple[str, str]] = Counter()
-        #: By wire code: calls that broke the format.
-        self.protocol_errors_total: Counter[str] = Counter()
 
     async def serve(self, connection: Connection, control: Channel, hello: Hello) -> None:
-        """An authenticated operator's connection, until it is closed."""
-        await control.send(
-            Welcome(
-                session=f"{hello.role}:{hello.id}"[:255],
-                software=f"quorate/{__version__}",
-                pulse_s=self._pulse_s,
-                lease_s=self._lease_s,
-            )
-        )
-        log.info("operator_joined", operator=hello.id, role=hello.role, address=connection.peer)
-        mine: set[asyncio.Task[None]] = set()
+        """An authenticated operator's connection, until it is closed.
+
+        Raises:
+            ProtocolError: it broke the protocol on its control stream; the connection is to be closed.
+        """
+        self._handshakes_total["welcome"] += 1
+        reason = ""
+        calls: set[asyncio.Task[None]] = set()
         try:
-            while True:
-                stream = await connection.accept_bi_stream()
-                call = asyncio.create_task(self._serve_call(stream, hello.role), name=f"call {stream.id}")
-                for calls in (mine, self._calls):
-                    calls.add(call)
-                    call.add_done_callback(calls.discard)
-        except LinkError as error:
-            log.info("operator_left", operator=hello.id, reason=str(error))
+            await control.send(
+                Welcome(
+                    session=f"{hello.role}:{hello.id}"[:255],
+                    software=f"quorate/{__version__}",
+                    pulse_s=self._pulse_s,
+                    lease_s=self._lease_s,
+                )
+            )
+            log.info("operator_joined", operator=hello.id, role=hello.role, address=connection.peer)
+            reason = await first_of(
+                _read_control(control),
+                self._accept_calls(connection, hello.role, calls),
+                refuse_streams(connection.accept_uni_stream, _SURPLUS, on_refused=self._count_surplus),
+            )
+        except ProtocolError as error:
+            reason = str(error)
+            raise
+        except QuorateError as error:
+            reason = str(connection.close_error or error)
         finally:
+            log.info("operator_left", operator=hello.id, reason=reason)
             # Nobody is there to hear an answer: its rounds are cancelled.
-            for call in mine:
+            for call in calls:
                 call.cancel()
 
     async def finish(self, timeout_s: float) -> None:
         """Waits until the calls under way are answered and the answers have arrived."""
-        if self._calls:
-            await asyncio.wait(self._calls, timeout=timeout_s)
+        if self._owed:
+            await asyncio.wait(self._owed, timeout=timeout_s)
 
-    async def _serve_call(self, stream: BiStream, role: Role) -> None:
+    async def _accept_calls(self, connection: Connection, role: Role, calls: set[asyncio.Task[None]]) -> str:
+        unanswered: set[int] = set()
+        while True:
+            stream = await connection.accept_bi_stream()
+            if len(unanswered) >= CALLS_MAX:
+                await _answer_busy(stream)
+                continue
+            unanswered.add(stream.id)
+            call = asyncio.create_task(self._serve_call(stream, role, unanswered), name=f"call {stream.id}")
+            calls.add(call)
+            call.add_done_callback(calls.discard)
+
+    def _count_surplus(self) -> None:
+        self._protocol_errors_total[_SURPLUS.name] += 1
+
+    async def _serve_call(self, stream: BiStream, role: Role, unanswered: set[int]) -> None:
         channel = Channel(stream)
         stream.priority = Priority.HIGH
+        this = asyncio.current_task()
+        assert this is not None
         try:
             request = await channel.receive()
             if request is None:
                 raise UnexpectedMessage("no", "on a call stream")
+            self._owed.add(this)
             answer = await self._answer(channel, request, role)
-            await channel.send(answer)
+            await stream.send(_fit(answer))
             await channel.finish()
+            unanswered.discard(stream.id)
             async with asyncio.timeout(_ACKNOWLEDGE_TIMEOUT_S):
                 await channel.receive()
         except ProtocolError as error:
-            self.protocol_errors_total[error.code.name] += 1
+            self._protocol_errors_total[error.code.name] += 1
             log.warning("call_broke_protocol", problem=str(error))
             channel.abort(error.code)
         except (QuorateError, TimeoutError) as error:
             log.debug("call_ended_early", reason=str(error))
             channel.abort(Code.CANCELLED)
-        except Exception:
-            log.exception("call_failed")
-            channel.abort(Code.INTERNAL)
+        finally:
+            self._owed.discard(this)
+            unanswered.discard(stream.id)
 
     async def _answer(self, channel: Channel, request: Message, role: Role) -> Message:
+        """The answer to a request; an error where it cannot be done.
+
+        Raises:
+            UnexpectedMessage: no request, or more than one.
+            StreamError, LinkError: it was withdrawn.
+        """
         call = request.wire_type
+        if not isinstance(request, Ask | Reveal | Agents):
+            raise UnexpectedMessage(call, "on a call stream")
         try:
             if role == "observer" and not isinstance(request, Agents):
                 raise CallFailed("forbidden", f"an observer may not {call}")
@@ -108,11 +180,16 @@ class Operators:
                     answer = self._gatherer.reveal(request)
                 case Agents():
                     answer = self._list_fleet()
-                case _:
-                    raise UnexpectedMessage(call, "on a call stream")
         except CallFailed as error:
             self.calls_total[call, error.reason] += 1
             return CallError(reason=error.reason, message=error.message, retry=error.retry)
+        except (QuorateError, asyncio.CancelledError):
+            self.calls_total[call, "withdrawn"] += 1
+            raise
+        except Exception:
+            log.exception("call_failed", call=call)
+            self.calls_total[call, "internal"] += 1
+            return CallError(reason="internal", message=f"the coordinator failed to {call}; its log says more")
         self.calls_total[call, "ok"] += 1
         return answer
 
@@ -122,13 +199,9 @@ class Operators:
         watching = asyncio.ensure_future(channel.receive())
         try:
             await asyncio.wait((asking, watching), return_when=asyncio.FIRST_COMPLETED)
-            if not asking.done():
-                try:
-                    if watching.result() is not None:
-                        raise UnexpectedMessage("second", "on a call stream")
-                except StreamError:
-                    raise
-                # It finished its side early; it still listens.
+            # It may finish its side early and go on listening; a reset raises here.
+            if not asking.done() and watching.result() is not None:
+                raise UnexpectedMessage("second", "on a call stream")
             return await asking
         finally:
             asking.cancel()
@@ -138,3 +211,55 @@ class Operators:
                 asking.exception()
             if not watching.cancelled():
                 watching.exception()
+
+
+async def _read_control(control: Channel) -> str:
+    while (message := await control.receive()) is not None:
+        if not isinstance(message, Goodbye):
+            raise UnexpectedMessage(message.wire_type, "on the control stream")
+        return "said goodbye"
+    return "finished its control stream"
+
+
+async def _answer_busy(stream: BiStream) -> None:
+    """Answers a call without looking at it."""
+    message = f"{CALLS_MAX} calls of this connection are under way, as many as may be"
+    try:
+        stream.send_nowait(CallError(reason="busy", message=message, retry=True).to_frame())
+        await stream.finish()
+        stream.stop(Code.BUSY)
+    except QuorateError as error:
+        log.debug("call_ended_early", reason=str(error))
+
+
+def _fit(answer: Message) -> bytes:
+    """The answer's frame. What does not fit is told without the details: a round that has been is not lost."""
+    try:
+        return answer.to_frame()
+    except FrameTooLarge as error:
+        if isinstance(answer, Outcome):
+            return _trim(answer)
+        message = f"the answer of {error.frame_bytes} bytes is over the {error.frame_bytes_max} that a frame may have"
+        return CallError(reason="internal", message=message).to_frame()
+
+
+def _trim(outcome: Outcome) -> bytes:
+    """The outcome without the largest of its agents' bodies, as many as have to go; the combined answer stays."""
+    results = [result.model_copy(update={"error": result.error[:_ERROR_CHARS_LEFT]}) for result in outcome.results]
+    excess_bytes = 0
+    try:
+        return outcome.model_copy(update={"results": results}).to_frame()
+    except FrameTooLarge as error:
+        excess_bytes = error.frame_bytes - error.frame_bytes_max
+    for size_bytes, place in sorted(((len(result.body or b""), i) for i, result in enumerate(results)), reverse=True):
+        why = f"its answer of {size_bytes} bytes is left out: the outcome has no room for it"
+        saved_bytes = size_bytes - len(why) - _RESULT_KEYS_BYTES
+        if excess_bytes <= 0 or saved_bytes <= 0:
+            break
+        results[place] = results[place].model_copy(update={"body": None, "error": why})
+        excess_bytes -= saved_bytes
+    try:
+        return outcome.model_copy(update={"results": results}).to_frame()
+    except FrameTooLarge:
+        message = f"round {outcome.round} is {outcome.state}, but its {len(results)} results are over one frame"
+        return CallError(reason="internal", message=message).to_frame()

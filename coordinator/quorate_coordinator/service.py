@@ -5,7 +5,7 @@ import datetime
 import hmac
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Final, Self
 
 import structlog
@@ -26,6 +26,7 @@ from quorate_coordinator.metrics import Metrics, Sources
 from quorate_coordinator.operators import Operators
 from quorate_coordinator.rounds.book import BookLimits
 from quorate_coordinator.rounds.policy import RoundPolicy
+from quorate_coordinator.serving import refuse_streams
 from quorate_coordinator.settings import Settings
 from quorate_protocol import __version__
 from quorate_protocol.channel import Channel
@@ -33,6 +34,7 @@ from quorate_protocol.credentials import find_token
 from quorate_protocol.errors import (
     Code,
     ConfigurationError,
+    ConnectionClosed,
     LinkError,
     ProtocolError,
     QuorateError,
@@ -42,7 +44,7 @@ from quorate_protocol.errors import (
 from quorate_protocol.limits import FRAME_BYTES_MAX, HELLO_BYTES_MAX
 from quorate_protocol.messages import AgentInfo, Hello, Refusal
 from quorate_protocol.messages import Fleet as FleetListing
-from quorate_protocol.transport import BiStream, Connection, ReceiveStream, Server, ServerTls, listen
+from quorate_protocol.transport import Connection, Server, ServerTls, listen
 
 log = structlog.get_logger()
 
@@ -103,6 +105,8 @@ class Coordinator:
             open_timeout_s=sessions.hello_timeout_s,
             on_reply=lambda agent, reply: self._gatherer.reply_received(agent, reply),
             on_lost=lambda agent, reason: self._gatherer.agent_lost(agent, reason),
+            handshakes_total=self._handshakes_total,
+            protocol_errors_total=self._protocol_errors_total,
         )
         self._gatherer = Gatherer(
             self._fleet,
@@ -115,13 +119,21 @@ class Coordinator:
             ),
             observe_duration=self.metrics.observe_duration,
         )
-        self._operators = Operators(self._gatherer, self.list_fleet, pulse_s=sessions.pulse_s, lease_s=sessions.lease_s)
+        self._operators = Operators(
+            self._gatherer,
+            self.list_fleet,
+            pulse_s=sessions.pulse_s,
+            lease_s=sessions.lease_s,
+            handshakes_total=self._handshakes_total,
+            protocol_errors_total=self._protocol_errors_total,
+        )
         self._server = await listen(settings.listen, tls=tls)
         try:
             if settings.http_address is not None:
                 await self._http.start(*settings.http_address)
         except BaseException:
-            await self._server.close()
+            server, self._server = self._server, None
+            await server.close()
             raise
         self.metrics.attach(
             Sources(
@@ -279,11 +291,9 @@ class Coordinator:
                 else:
                     await self._operators.serve(connection, channel, hello)
             except Refused as refusal:
+                self._handshakes_total[refusal.reason] += 1
                 code, reason = Code.REFUSED, refusal.reason
                 await _refuse(connection, channel, refusal)
-        except TimeoutError:
-            self._handshakes_total["timeout"] += 1
-            code, reason = Code.REFUSED, f"no hello within {self.settings.sessions.hello_timeout_s:g} s"
         except ProtocolError as error:
             self._protocol_errors_total[error.code.name] += 1
             log.warning("protocol_error", address=connection.peer, problem=str(error))
@@ -300,18 +310,33 @@ class Coordinator:
         """Who is there.
 
         Raises:
-            TimeoutError: it does not say.
-            LinkError: it went.
+            LinkError: it went, does not say, or opened too many streams instead.
             ProtocolError: it does not speak our protocol.
         """
-        async with asyncio.timeout(self.settings.sessions.hello_timeout_s):
-            channel = Channel(await connection.accept_bi_stream(), frame_bytes_max=HELLO_BYTES_MAX)
-            guards = [asyncio.create_task(_turn_away(connection, accept)) for accept in _accepts(connection)]
-            try:
+        timeout_s = self.settings.sessions.hello_timeout_s
+        guards = [asyncio.create_task(_turn_away(connection, uni=True))]
+        try:
+            async with asyncio.timeout(timeout_s):
+                channel = Channel(await connection.accept_bi_stream(), frame_bytes_max=HELLO_BYTES_MAX)
+                guards.append(asyncio.create_task(_turn_away(connection, uni=False)))
                 hello = await channel.expect(Hello)
-            finally:
-                for guard in guards:
-                    guard.cancel()
+                # What came in the same datagrams as the hello was opened before its welcome, too.
+                await asyncio.sleep(0)
+        except TimeoutError:
+            self._handshakes_total["timeout"] += 1
+            connection.abort(Code.REFUSED, f"no hello within {timeout_s:g} s")
+            raise ConnectionClosed(Code.REFUSED, "no hello in time") from None
+        except LinkError:
+            closed = connection.close_error
+            is_ours = isinstance(closed, ConnectionClosed) and not closed.by_peer and closed.code == Code.REFUSED
+            self._handshakes_total["bad-hello" if is_ours else "gone"] += 1
+            raise
+        except QuorateError:
+            self._handshakes_total["bad-hello"] += 1
+            raise
+        finally:
+            for guard in guards:
+                guard.cancel()
         assert isinstance(hello, Hello)
         return channel, hello
 
@@ -322,21 +347,22 @@ class Coordinator:
             Refused: it does not.
         """
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            self._handshakes_total["unauthenticated"] += 1
             log.warning("unauthenticated", role=hello.role, id=hello.id, address=connection.peer)
             raise Refused("unauthenticated", "the token is not this coordinator's")
         if self._is_draining:
-            self._handshakes_total["draining"] += 1
             raise Refused("draining", "the coordinator is draining", retry=True)
-        self._handshakes_total["welcome"] += 1
 
     async def _renew_certificate(self, server: Server, files: DevelopmentCredentials) -> None:
+        shown = files.certificate_file.read_bytes()
         while True:
             await asyncio.sleep(_CERTIFICATE_CHECK_S)
             try:
-                now = datetime.datetime.now(datetime.UTC)
-                if ensure_certificate(files, names=self.settings.tls.names, now=now):
+                ensure_certificate(files, names=self.settings.tls.names, now=datetime.datetime.now(datetime.UTC))
+                # Another coordinator of this directory may have been the one to renew it.
+                certificate = files.certificate_file.read_bytes()
+                if certificate != shown:
                     server.reload_tls(files.tls)
+                    shown = certificate
                     log.info("certificate_renewed", file=str(files.certificate_file))
             except (OSError, ConfigurationError) as error:
                 log.error("certificate_not_renewed", problem=str(error))
@@ -347,18 +373,11 @@ class Coordinator:
         task.add_done_callback(self._tasks.discard)
 
 
-def _accepts(connection: Connection) -> list[Callable[[], Awaitable[ReceiveStream]]]:
-    return [connection.accept_bi_stream, connection.accept_uni_stream]
-
-
-async def _turn_away(connection: Connection, accept: Callable[[], Awaitable[ReceiveStream]]) -> None:
+async def _turn_away(connection: Connection, *, uni: bool) -> None:
     """Refuses what a stranger opens beside its first stream."""
+    accept = connection.accept_uni_stream if uni else connection.accept_bi_stream
     try:
-        for _ in range(_STRANGER_STREAMS_MAX):
-            stream = await accept()
-            stream.stop(Code.REFUSED)
-            if isinstance(stream, BiStream):
-                stream.reset(Code.REFUSED)
+        await refuse_streams(accept, Code.REFUSED, count_max=_STRANGER_STREAMS_MAX)
     except LinkError:
         return
     connection.abort(Code.REFUSED, "too many streams before hello")

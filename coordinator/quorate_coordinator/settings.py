@@ -1,8 +1,9 @@
 """The coordinator's settings: a TOML file, `QUORATE_*` variables over it, defaults under it.
 
 A variable names a setting by its path in the file, upper case, sections joined by two underscores:
-`QUORATE_ROUNDS__DEADLINE_S=3` is `deadline_s = 3` under `[rounds]`. Nothing is read from the process
-behind `load_settings`' back: the environment is an argument.
+`QUORATE_ROUNDS__DEADLINE_S=3` is `deadline_s = 3` under `[rounds]`. `QUORATE_LOG_LEVEL` and
+`QUORATE_LOG_FORMAT`, which agents read too, stand for those of `[log]`. Nothing is read from the
+process behind `load_settings`' back: the environment is an argument.
 
 Every setting's description here is also its comment in `deploy/systemd/coordinator.toml`.
 """
@@ -237,6 +238,9 @@ _SECTIONS: Final[dict[str, type[_Section]]] = {
     for name, field in Settings.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
 }
+#: Variables that all of Quorate's programs read, as names without the prefix. Those of the setting go before them.
+_SHARED: Final = {"log_level": ("log", "level"), "log_format": ("log", "format")}
+
 _PATHS: Final = ("state_dir", "tls.certificate_file", "tls.key_file", "auth.token_file")
 
 
@@ -287,6 +291,9 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     layer: dict[str, Any] = {}
     by_single_underscore = {path.replace(".", "_"): path for path in setting_paths() if "." in path}
+    for name, (section, key) in _SHARED.items():
+        if text := environ.get(_PREFIX + name.upper()):
+            layer.setdefault(section, {})[key] = text
     for variable, text in environ.items():
         if not variable.startswith(_PREFIX):
             continue
@@ -300,7 +307,7 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             raise ConfigurationError(name, f"is a section; its settings are {variable}__... (from {variable})")
         elif name in Settings.model_fields:
             layer[name] = text
-        elif name in by_single_underscore:
+        elif name in by_single_underscore and name not in _SHARED:
             meant = _variable(by_single_underscore[name])
             raise ConfigurationError(by_single_underscore[name], f"is set by {meant}, not by {variable}")
         # Any other name is not the coordinator's: agents and operators have variables of their own.

@@ -1,5 +1,6 @@
 """What a round costs beyond the agents' own work: the demo's fleet on the demo's data."""
 
+from collections.abc import Collection
 from typing import Final
 
 from quorate_coordinator.bench.result import Result, Row
@@ -21,7 +22,7 @@ async def measure_coordination(instances: int) -> Result:
 
 
 def _rows(tally: Tally, elapsed_s: float) -> list[Row]:
-    def ms(values: list[float], q: float) -> float:
+    def ms(values: Collection[float], q: float) -> float:
         return (quantile(values, q) or 0.0) * 1000
 
     return [

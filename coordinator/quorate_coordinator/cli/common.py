@@ -1,21 +1,24 @@
 """What the commands share: exit codes, options, how errors are shown."""
 
 import asyncio
+import contextlib
 import importlib.util
 import json
+import math
 import re
-from collections.abc import Coroutine
+import sys
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
+from pydantic import ValidationError
 
 from quorate_protocol.client import Client
 from quorate_protocol.credentials import find_ca, find_token
 from quorate_protocol.errors import (
     CallFailed,
     ConfigurationError,
-    ConnectFailed,
     LinkError,
     LocalError,
     QuorateError,
@@ -34,7 +37,7 @@ EXIT_INTERRUPTED: Final = 130
 
 #: What each extra brings that the commands need, as import name.
 _EXTRA_MODULES: Final = {
-    "coordinator": ("river", "prometheus_client", "starlette", "uvicorn", "pydantic_settings", "rich"),
+    "coordinator": ("river", "prometheus_client", "starlette", "uvicorn", "pydantic_settings"),
 }
 
 CoordinatorOption = Annotated[
@@ -73,37 +76,80 @@ LabelOption = Annotated[
 
 DEFAULT_COORDINATOR: Final = "quic://localhost:4433"
 
+#: Argument that stands for standard input.
+STDIN: Final = "-"
+
 
 def fail(message: str, code: int) -> NoReturn:
     """Shows one line on standard error and exits."""
-    typer.echo(f"quorate: {message}", err=True)
+    typer.echo(f"quorate: {one_line(message)}", err=True)
     raise typer.Exit(code)
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, and without what a terminal would take as a command."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
+@contextlib.contextmanager
+def errors_shown() -> Iterator[None]:
+    """Errors become one line and an exit code."""
+    try:
+        yield
+    except (QuorateError, ValidationError, KeyboardInterrupt) as error:
+        fail(*explain(error))
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Runs a command's coroutine; errors become one line and an exit code."""
-    try:
+    with errors_shown():
         return asyncio.run(coroutine)
-    except QuorateError as error:
-        fail_with(error)
-    except KeyboardInterrupt:
-        fail("interrupted", EXIT_INTERRUPTED)
 
 
-def fail_with(error: QuorateError) -> NoReturn:
-    """Shows an error of ours and exits with its code."""
+def explain(error: QuorateError | ValidationError | KeyboardInterrupt) -> tuple[str, int]:
+    """An error's line for people, and the exit code."""
     match error:
+        case KeyboardInterrupt():
+            return "interrupted", EXIT_INTERRUPTED
+        case ValidationError():
+            return _explain_invalid(error), EXIT_USAGE
         case Refused():
-            code = EXIT_REFUSED
+            hint = "; is the token that of this coordinator? See --token-file" if not error.retry else ""
+            return f"the coordinator refused us ({error.reason}): {error.message}{hint}", EXIT_REFUSED
         case CallFailed():
-            code = EXIT_NO_ANSWER
-        case ConnectFailed() | LinkError():
-            code = EXIT_UNREACHABLE
-        case ConfigurationError() | LocalError():
-            code = EXIT_USAGE
+            return str(error), EXIT_NO_ANSWER
+        case LinkError():
+            return str(error), EXIT_UNREACHABLE
+        case LocalError():
+            return str(error), EXIT_USAGE
         case _:
-            code = EXIT_OTHER
-    fail(str(error), code)
+            return str(error), EXIT_OTHER
+
+
+#: Where a request's key comes from.
+_ARGUMENTS: Final = {
+    "task": "TASK",
+    "body": "JSON",
+    "truth": "JSON",
+    "round": "ROUND",
+    "quorum": "--quorum",
+    "quorum_fraction": "--quorum",
+    "grace_s": "--grace",
+    "deadline_s": "--deadline",
+    "labels": "--label",
+}
+
+
+def _explain_invalid(error: ValidationError) -> str:
+    """What the wire's own checks found wrong with an argument."""
+    first = error.errors(include_url=False)[0]
+    key, *rest = (str(part) for part in first["loc"])
+    given = first["input"]
+    shown = f"{len(given)} bytes" if isinstance(given, bytes) else repr(given)
+    inside = f" ({rest[0]})" if rest else ""
+    return (
+        f"{_ARGUMENTS.get(key, key)}{inside}: {first['msg']}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
+    )
 
 
 def require_extra(extra: str) -> None:
@@ -149,7 +195,7 @@ def parse_quorum(text: str | None) -> int | float | None:
         if text.endswith("%"):
             value: int | float = float(text[:-1]) / 100
         else:
-            value = float(text) if "." in text else int(text)
+            value = int(text) if text.strip().isdecimal() else float(text)
     except ValueError:
         raise wrong from None
     if isinstance(value, float) and not 0 < value <= 1:
@@ -176,8 +222,25 @@ def parse_labels(labels: list[str] | None) -> dict[str, str]:
     return parsed
 
 
+def read_json(what: str, text: str) -> Any:
+    """The value of a JSON argument, or of standard input where the argument is `-`.
+
+    Raises:
+        ConfigurationError: not JSON; the text says where, and how text is written.
+    """
+    if text == STDIN:
+        what = "standard input"
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(what, f"not UTF-8 text (at byte {error.start})") from None
+        except OSError as error:
+            raise ConfigurationError(what, f"cannot be read: {error.strerror}") from None
+    return parse_json(what, text)
+
+
 def parse_json(what: str, text: str) -> Any:
-    """The value of a JSON argument.
+    """The value of a JSON text.
 
     Raises:
         ConfigurationError: not JSON; the text says where, and how text is written.
@@ -185,34 +248,34 @@ def parse_json(what: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(
-            what, f"{text[:60]!r} is not JSON ({error}); text needs quotes: '\"{text[:20]}\"'"
-        ) from None
+        hint = f"; text needs quotes: '\"{text}\"'" if re.fullmatch(r"[\w .-]{1,40}", text) else ""
+        raise ConfigurationError(what, f"{text[:60]!r} is not JSON ({error}){hint}") from None
 
 
 def as_json(value: Any) -> Any:
-    """A body's value as something that JSON can say: bytes as hex, arrays as lists, times as ISO 8601."""
-    if isinstance(value, dict):
-        return {key if isinstance(key, str) else str(key): as_json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(inner) for inner in value]
-    if isinstance(value, bytes):
-        return value.hex()
-    if hasattr(value, "tolist"):
+    """A body's value as something that JSON can say.
+
+    Bytes are hexadecimal, arrays lists, times ISO 8601, complex numbers pairs; what JSON has no word for
+    (NaN, infinities) is null.
+    """
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key if isinstance(key, str) else str(key): as_json(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [as_json(inner) for inner in value]
+        case bytes():
+            return value.hex()
+        case complex():
+            return [as_json(value.real), as_json(value.imag)]
+    if hasattr(value, "tolist"):  # of NumPy, which need not be installed
         return as_json(value.tolist())
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    if isinstance(value, float) and value != value:
-        return None
-    return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def print_json(value: Any) -> None:
     """One object on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2 if _on_terminal() else None))
-
-
-def _on_terminal() -> bool:
-    import sys
-
-    return sys.stdout.isatty()
+    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2 if sys.stdout.isatty() else None))

@@ -1,9 +1,12 @@
 """`quorate ask`, `reveal`, `status`, `feed`: what operators do. They need the base dependencies alone."""
 
+import asyncio
+import contextlib
 import itertools
 import json
 import sys
 import time
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 import typer
@@ -25,13 +28,14 @@ from quorate_coordinator.cli.common import (
     QuorumOption,
     TokenFileOption,
 )
+from quorate_coordinator.feeding.ahead import Interruption, read_ahead
 from quorate_coordinator.feeding.report import LiveProgress, print_report
 from quorate_coordinator.feeding.run import AskOptions
 from quorate_coordinator.feeding.run import feed as feed_instances
-from quorate_coordinator.feeding.sources import FileFormat, read_instances
+from quorate_coordinator.feeding.sources import FileFormat, SourceInvalid, read_instances
 from quorate_coordinator.feeding.tally import Tally
-from quorate_protocol.errors import ConfigurationError
-from quorate_protocol.messages import AgentInfo, Fleet, Outcome
+from quorate_protocol.errors import ConfigurationError, FrameMalformed, QuorateError
+from quorate_protocol.messages import AgentInfo, AgentResult, Fleet, Outcome
 
 _ANSWERED = ("complete", "quorate")
 
@@ -53,21 +57,20 @@ def ask(
     On a terminal, what each agent answered is shown as well.
     """
 
-    async def call() -> Outcome:
-        value = common.parse_json("JSON", sys.stdin.read() if body == "-" else body)
+    with common.errors_shown():
         options = _options(quorum, grace, deadline, label)
+        value = common.read_json("JSON", body)
+
+    async def call() -> Outcome:
         async with await common.connect(coordinator, token_file, ca) as client:
-            try:
-                return await client.ask(
-                    task,
-                    value,
-                    quorum=options.quorum,
-                    grace_s=options.grace_s,
-                    deadline_s=options.deadline_s,
-                    labels=options.labels,
-                )
-            except ValidationError as error:
-                raise _usage(error) from None
+            return await client.ask(
+                task,
+                value,
+                quorum=options.quorum,
+                grace_s=options.grace_s,
+                deadline_s=options.deadline_s,
+                labels=options.labels,
+            )
 
     outcome = common.run(call())
     if json_output:
@@ -75,7 +78,8 @@ def ask(
     elif sys.stdout.isatty():
         _print_outcome(outcome)
     elif outcome.state in _ANSWERED:
-        common.print_json(common.as_json(outcome.value))
+        with common.errors_shown():
+            common.print_json(common.as_json(outcome.value))
     if outcome.state not in _ANSWERED:
         common.fail(f"round {outcome.round} {outcome.state}: {outcome.reason}", common.EXIT_NO_ANSWER)
 
@@ -84,7 +88,7 @@ def reveal(
     round: Annotated[
         int, typer.Argument(metavar="ROUND", help="Number of the round, as `quorate ask --json` tells.", min=1)
     ],
-    truth: Annotated[str, typer.Argument(metavar="JSON", help="The right answer.")],
+    truth: Annotated[str, typer.Argument(metavar="JSON", help="The right answer; - reads it from standard input.")],
     coordinator: CoordinatorOption = DEFAULT_COORDINATOR,
     json_output: JsonOption = False,
     token_file: TokenFileOption = None,
@@ -92,8 +96,10 @@ def reveal(
 ) -> None:
     """Tell the truth of a round: weights move, and its agents get it as feedback."""
 
+    with common.errors_shown():
+        value = common.read_json("JSON", truth)
+
     async def call() -> dict[str, Any]:
-        value = common.parse_json("JSON", truth)
         async with await common.connect(coordinator, token_file, ca) as client:
             revealed = await client.reveal(round, value)
             return revealed.model_dump()
@@ -153,38 +159,58 @@ def feed(
     Prints the accuracy of each agent and of their combined answer. In CSV, numbers are read as numbers,
     true and false as such, and an empty value is left out.
     """
-    tally = Tally()
-
-    async def call() -> float:
+    with common.errors_shown():
         if file_format not in (None, "csv", "jsonl"):
             raise ConfigurationError("--format", f"{file_format!r} is neither csv nor jsonl")
         options = _options(quorum, grace, deadline, label)
         chosen: FileFormat | None = "csv" if file_format == "csv" else "jsonl" if file_format == "jsonl" else None
-        rows = read_instances(file, target=target, file_format=chosen)
-        instances = ((row.features, row.truth, row.has_truth) for row in itertools.islice(rows, limit))
+        interruption = Interruption()
+        all_rows = read_instances(file, target=target, file_format=chosen, interruption=interruption)
+        # What is wrong with the file shows before anybody is connected to.
+        rows = itertools.islice(itertools.chain(list(itertools.islice(all_rows, 1)), all_rows), limit)
+
+    tally = Tally()
+    line = 0
+    began = time.monotonic()
+
+    async def instances() -> AsyncGenerator[tuple[Any, Any, bool], None]:
+        nonlocal line
+        async with contextlib.aclosing(read_ahead(rows, interruption)) as ahead:
+            async for row in ahead:
+                line = row.line
+                yield row.features, row.truth, row.has_truth
+
+    async def call() -> None:
+        nonlocal began
         async with await common.connect(coordinator, token_file, ca) as client:
             began = time.monotonic()
             with LiveProgress(f"feed {file}", tally, limit) as progress:
-                try:
+                async with contextlib.aclosing(instances()) as fed:
                     await feed_instances(
-                        client, task, instances, tally, options=options, on_outcome=lambda outcome: progress.update()
+                        client, task, fed, tally, options=options, on_outcome=lambda outcome: progress.update()
                     )
-                except ValidationError as error:
-                    raise _usage(error) from None
-            return time.monotonic() - began
 
-    began = time.monotonic()
+    problem, code = "", 0
     try:
-        elapsed_s = common.run(call())
-    except typer.Exit:
-        # What was answered before the error is not lost.
-        if tally.instances and not json_output:
-            print_report(f"{file} (up to the error)", tally, time.monotonic() - began)
-        raise
-    if json_output:
-        common.print_json({"file": file, **tally.as_json(elapsed_s)})
-    else:
-        print_report(file, tally, elapsed_s)
+        asyncio.run(call())
+    except (QuorateError, ValidationError, KeyboardInterrupt) as error:
+        problem, code = common.explain(error)
+        if line and not isinstance(error, SourceInvalid | KeyboardInterrupt):
+            problem = f"{file}, line {line}: {problem}"
+    finally:
+        interruption.close()
+    elapsed_s = time.monotonic() - began
+    # What was answered before an error is not lost.
+    if not problem or tally.instances:
+        if json_output:
+            ended = {"error": common.one_line(problem)} if problem else {}
+            common.print_json({"file": file, "states": dict(tally.states), **tally.as_json(elapsed_s), **ended})
+        else:
+            print_report(f"{file} (up to the error)" if problem else file, tally, elapsed_s)
+    if problem:
+        common.fail(problem, code)
+    if tally.instances and not tally.answered:
+        common.fail("no round brought an answer", common.EXIT_NO_ANSWER)
 
 
 def _options(quorum: str | None, grace: str | None, deadline: str | None, label: list[str] | None) -> AskOptions:
@@ -194,12 +220,6 @@ def _options(quorum: str | None, grace: str | None, deadline: str | None, label:
         deadline_s=common.parse_duration("--deadline", deadline),
         labels=common.parse_labels(label),
     )
-
-
-def _usage(error: ValidationError) -> ConfigurationError:
-    """What the wire's own checks found wrong with an argument."""
-    first = error.errors(include_url=False)[0]
-    return ConfigurationError(".".join(str(part) for part in first["loc"]), f"{first['msg']}, got {first['input']!r}")
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -216,15 +236,24 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
             {
                 "agent": result.agent,
                 "status": result.status,
-                "answer": common.as_json(result.value),
-                "error": result.error,
+                "answer": answer,
+                "error": error,
                 "weight": result.weight,
                 "latency_ms": None if result.latency_s is None else _ms(result.latency_s),
                 "compute_ms": _ms(result.compute_s),
             }
             for result in outcome.results
+            for answer, error in [_answer_of(result)]
         ],
     }
+
+
+def _answer_of(result: AgentResult) -> tuple[Any, str]:
+    """What an agent answered, as JSON has it, and its error: also that of an answer that cannot be read."""
+    try:
+        return common.as_json(result.value), result.error
+    except FrameMalformed as error:
+        return None, f"its answer cannot be read: {error}"
 
 
 def _ms(seconds: float) -> float:
@@ -234,9 +263,8 @@ def _ms(seconds: float) -> float:
 def _print_outcome(outcome: Outcome) -> None:
     console = Console()
     if outcome.state in _ANSWERED:
-        console.print(
-            json.dumps(common.as_json(outcome.value), ensure_ascii=False), style="bold green", highlight=False
-        )
+        with common.errors_shown():
+            console.print(Text(_json_line(common.as_json(outcome.value)), style="bold green"))
     table = Table(header_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("agent")
     table.add_column("status")
@@ -245,10 +273,11 @@ def _print_outcome(outcome: Outcome) -> None:
         table.add_column(heading, justify="right")
     for result in outcome.results:
         answered = result.status == "replied"
+        answer, error = _answer_of(result)
         table.add_row(
             result.agent,
             Text(result.status, style="" if answered else "yellow"),
-            Text(json.dumps(common.as_json(result.value), ensure_ascii=False) if answered else result.error),
+            Text(common.one_line(error)) if error else Text(_json_line(answer) if answered else ""),
             "-" if result.weight is None else f"{result.weight:.3f}",
             "-" if result.latency_s is None else f"{result.latency_s * 1000:.1f}",
             f"{result.compute_s * 1000:.1f}" if answered else "-",
@@ -262,6 +291,10 @@ def _print_outcome(outcome: Outcome) -> None:
         highlight=False,
         style="dim",
     )
+
+
+def _json_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _print_fleet(coordinator: str, fleet: Fleet) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quorate_coordinator.cli import common
-from quorate_protocol.errors import ConfigurationError, QuorateError
+from quorate_protocol.errors import ConfigurationError
 
 bench = typer.Typer(
     help="Measure Quorate on this machine.",
@@ -78,24 +78,23 @@ def demo(
     common.require_extra("coordinator")
     from quorate_coordinator.demo.run import DemoFailed, run_demo
 
-    try:
-        asyncio.run(
-            run_demo(
-                dataset,
-                limit=limit,
-                seed=seed,
-                json_output=json_output,
-                serve=serve,
-                listen=listen,
-                http=http,
+    with common.errors_shown():
+        try:
+            asyncio.run(
+                run_demo(
+                    dataset,
+                    limit=limit,
+                    seed=seed,
+                    json_output=json_output,
+                    serve=serve,
+                    listen=listen,
+                    http=http,
+                )
             )
-        )
-    except DemoFailed as error:
-        common.fail(str(error), common.EXIT_OTHER)
-    except QuorateError as error:
-        common.fail_with(error)
-    except KeyboardInterrupt:
-        common.fail("interrupted", common.EXIT_INTERRUPTED)
+        except DemoFailed as error:
+            if error.log_tail:
+                typer.echo(error.log_tail, err=True)
+            raise
 
 
 @bench.command("coordination")

@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,7 +37,11 @@ _DEADLINE_S: Final = 120.0
 
 
 class DemoFailed(QuorateError):
-    """A process of the demo did not start or ended early. The text has the end of its log."""
+    """A process of the demo did not start or ended early. `log_tail` has the end of its log."""
+
+    def __init__(self, problem: str, log_tail: str = "") -> None:
+        super().__init__(problem)
+        self.log_tail = log_tail
 
 
 class _Processes:
@@ -68,7 +73,9 @@ class _Processes:
         """
         for name, process in self._processes.items():
             if process.returncode is not None:
-                raise DemoFailed(f"{name} ended with exit code {process.returncode}; its log says:\n{self._tail(name)}")
+                raise DemoFailed(
+                    f"{name} ended with exit code {process.returncode}; see its log above", self._tail(name)
+                )
 
     async def watch(self) -> None:
         """Returns never.
@@ -76,10 +83,12 @@ class _Processes:
         Raises:
             DemoFailed: one of them has ended.
         """
-        await asyncio.wait(
-            [asyncio.ensure_future(process.wait()) for process in self._processes.values()],
-            return_when=asyncio.FIRST_COMPLETED,
-        )
+        waits = [asyncio.create_task(process.wait()) for process in self._processes.values()]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
         self.check()
 
     async def stop(self) -> None:
@@ -125,7 +134,8 @@ async def run_demo(
             print_report(dataset, tally, elapsed_s)
         if serve:
             typer.echo(where, err=True)
-            await processes.watch()
+            with contextlib.suppress(asyncio.CancelledError):  # Ctrl-C is how this ends
+                await processes.watch()
 
 
 async def run_fleet(dataset: str, *, limit: int | None, seed: int, title: str) -> tuple[Tally, float]:
@@ -152,7 +162,7 @@ async def _feed(
             feed(
                 client,
                 TASK,
-                ((features, label, True) for features, label in instances(dataset, limit)),
+                _labelled(dataset, limit),
                 tally,
                 # All six, always: who is slow today must not change what is predicted.
                 options=AskOptions(grace_s=_DEADLINE_S, deadline_s=_DEADLINE_S),
@@ -161,6 +171,40 @@ async def _feed(
         )
         await _unless_one_ends(feeding, processes)
     return tally, time.monotonic() - began
+
+
+async def _labelled(dataset: str, limit: int | None) -> AsyncGenerator[tuple[Any, Any, bool], None]:
+    for features, label in instances(dataset, limit):
+        yield features, label, True
+
+
+@contextlib.contextmanager
+def _cancelled_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the task, so that what it started is ended, too.
+
+    Raises:
+        DemoFailed: it came.
+    """
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+    came = False
+
+    def on_signal() -> None:
+        nonlocal came
+        came = True
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, on_signal)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not came:
+            raise
+        task.uncancel()
+        raise DemoFailed("ended by SIGTERM") from None
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 @contextlib.asynccontextmanager
@@ -175,7 +219,7 @@ async def _fleet(
     """
     if dataset not in DATASETS:
         raise ConfigurationError("--dataset", f"{dataset!r} is none of {', '.join(DATASETS)}")
-    with tempfile.TemporaryDirectory(prefix="quorate-demo-") as name:
+    with _cancelled_by_sigterm(), tempfile.TemporaryDirectory(prefix="quorate-demo-") as name:
         directory = Path(name)
         processes = _Processes(directory)
         # Whatever this shell has set for other coordinators is not meant for this one.

@@ -126,14 +126,13 @@ def _rows(tally: Tally) -> list[tuple[str, list[str]]]:
         )
         for name, agent in agents
     ]
-    answered = sum(tally.states[state] for state in ("complete", "quorate"))
     rows.append(
         (
             "ensemble",
             [
                 _share(tally.accuracy),
                 "1.000",
-                str(answered),
+                str(tally.answered),
                 _ms(quantile(tally.rounds_s, 0.5)),
                 _ms(quantile(tally.rounds_s, 0.99)),
             ],

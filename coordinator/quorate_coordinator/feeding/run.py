@@ -1,7 +1,7 @@
 """The prequential loop: ask, count, reveal, and so on."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class AskOptions:
 async def feed(
     client: Client,
     task: str,
-    instances: Iterable[tuple[Any, Any, bool]],
+    instances: AsyncIterable[tuple[Any, Any, bool]],
     tally: Tally,
     *,
     options: AskOptions,
@@ -43,7 +43,7 @@ async def feed(
         CallFailed: a round could not be opened, or a truth was not taken.
         ConnectionClosed: the coordinator went.
     """
-    for value, truth, has_truth in instances:
+    async for value, truth, has_truth in instances:
         began = time.perf_counter()
         outcome = await client.ask(
             task,

@@ -4,13 +4,14 @@ import csv
 import io
 import json
 import math
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TextIO
 
+from quorate_coordinator.feeding.ahead import InterruptibleFile, Interruption
 from quorate_protocol.errors import LocalError
 
 FileFormat = Literal["csv", "jsonl"]
@@ -20,6 +21,15 @@ STDIN: Final = "-"
 
 #: Longest line that is read, in characters: a body has to fit a frame anyway.
 _LINE_CHARS_MAX: Final = 4 << 20
+
+_JSON_KINDS: Final[dict[type, str]] = {
+    list: "array",
+    str: "text",
+    bool: "truth value",
+    int: "number",
+    float: "number",
+    type(None): "null",
+}
 
 
 class SourceInvalid(LocalError):
@@ -44,7 +54,13 @@ def guess_format(name: str) -> FileFormat:
     return "jsonl" if name.lower().endswith((".jsonl", ".ndjson", ".json")) else "csv"
 
 
-def read_instances(name: str, *, target: str | None, file_format: FileFormat | None = None) -> Iterator[Instance]:
+def read_instances(
+    name: str,
+    *,
+    target: str | None,
+    file_format: FileFormat | None = None,
+    interruption: Interruption | None = None,
+) -> Iterator[Instance]:
     """Reads a file, or standard input for `-`, line by line; nothing is held but the current one.
 
     CSV values that look like numbers are numbers, `true` and `false` are booleans, an empty value is
@@ -54,14 +70,16 @@ def read_instances(name: str, *, target: str | None, file_format: FileFormat | N
         name: path or `-`.
         target: column or key that holds the truth; None feeds without truths.
         file_format: None goes by the name.
+        interruption: ends the reading, as if the file had ended, also while it waits for more of a pipe.
 
     Raises:
         SourceInvalid: no such file, no such column, a line that cannot be read or has no target.
     """
     file_format = file_format or guess_format(name)
     shown = "standard input" if name == STDIN else name
-    with _open(name) as file:
-        rows = _csv_rows(file, shown, target) if file_format == "csv" else _json_rows(file, shown)
+    with _open(name, interruption) as file:
+        lines = _Lines(file, shown)
+        rows = _csv_rows(lines, target) if file_format == "csv" else _json_rows(lines)
         for line, row in rows:
             if target is None:
                 yield Instance(line, row)
@@ -73,42 +91,73 @@ def read_instances(name: str, *, target: str | None, file_format: FileFormat | N
 
 
 @contextmanager
-def _open(name: str) -> Iterator[TextIO]:
-    if name == STDIN:
-        # Its own wrapper: closing it must not close the process's standard input.
-        stream = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
-        try:
-            yield stream
-        finally:
-            stream.detach()
-        return
+def _open(name: str, interruption: Interruption | None) -> Iterator[TextIO]:
     try:
-        file = Path(name).open(encoding="utf-8-sig", newline="")  # noqa: SIM115  closed below
+        # A descriptor of its own: closing it must not close the process's standard input.
+        raw = io.FileIO(os.dup(0) if name == STDIN else Path(name))
     except OSError as error:
         raise SourceInvalid(f"{name}: {error.strerror}") from error
-    with file:
-        yield file
+    with raw:
+        source = raw if interruption is None else InterruptibleFile(raw, interruption)
+        # What is not UTF-8 gets through here and is found line by line, where its place is known.
+        with io.TextIOWrapper(
+            io.BufferedReader(source), encoding="utf-8-sig", errors="surrogateescape", newline=""
+        ) as file:
+            yield file
 
 
-def _csv_rows(file: TextIO, shown: str, target: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+class _Lines:
+    """The lines of a file, counted and checked."""
+
+    def __init__(self, file: TextIO, shown: str) -> None:
+        self._file = file
+        self.shown = shown
+        #: Number of the line that was given last, from 1.
+        self.number = 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        try:
+            text = self._file.readline(_LINE_CHARS_MAX)
+        except OSError as error:
+            raise SourceInvalid(f"{self.shown}: cannot be read: {error.strerror}") from error
+        if not text:
+            raise StopIteration
+        self.number += 1
+        if len(text) == _LINE_CHARS_MAX:
+            raise self.invalid(f"longer than {_LINE_CHARS_MAX} characters")
+        if not text.isascii() and any("\udc80" <= character <= "\udcff" for character in text):
+            raise self.invalid("not UTF-8 text")
+        return text
+
+    def invalid(self, problem: str, line: int | None = None) -> SourceInvalid:
+        """What is wrong with a line, or with the last."""
+        return SourceInvalid(f"{self.shown}, line {self.number if line is None else line}: {problem}")
+
+
+def _csv_rows(lines: _Lines, target: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(_LINE_CHARS_MAX)
-    reader = csv.reader(file)
+    reader = csv.reader(lines)
     try:
-        header = next(reader, None)
+        header = [column.strip() for column in next(reader, [])]
         if not header:
-            raise SourceInvalid(f"{shown} is empty: the first line has to name the columns")
+            raise SourceInvalid(f"{lines.shown} is empty: the first line has to name the columns")
         doubled = {column for column in header if header.count(column) > 1}
         if doubled:
-            raise SourceInvalid(f"{shown}: the column {min(doubled)!r} is named twice")
+            raise SourceInvalid(f"{lines.shown}: the column {min(doubled)!r} is named twice")
         if target is not None and target not in header:
-            raise SourceInvalid(f"{shown}: no column {target!r}; there are {', '.join(header)}")
+            raise SourceInvalid(f"{lines.shown}: no column {target!r}; there are {', '.join(header)}")
+        begins_at = lines.number + 1
         for row in reader:
+            line, begins_at = begins_at, lines.number + 1
             if not row:
                 continue
             if len(row) != len(header):
-                raise SourceInvalid(f"{shown}, line {reader.line_num}: {len(row)} values for {len(header)} columns")
+                raise lines.invalid(f"{len(row)} values for {len(header)} columns", line)
             yield (
-                reader.line_num,
+                line,
                 {
                     column: value
                     for column, text in zip(header, row, strict=True)
@@ -116,29 +165,22 @@ def _csv_rows(file: TextIO, shown: str, target: str | None) -> Iterator[tuple[in
                 },
             )
     except csv.Error as error:
-        raise SourceInvalid(f"{shown}, line {reader.line_num}: not CSV ({error})") from error
-    except UnicodeDecodeError as error:
-        raise SourceInvalid(f"{shown}: not UTF-8 text, near line {reader.line_num + 1}") from error
+        raise lines.invalid(f"not CSV ({error})") from error
 
 
-def _json_rows(file: TextIO, shown: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    line = 0
-    try:
-        while text := file.readline(_LINE_CHARS_MAX):
-            line += 1
-            if len(text) == _LINE_CHARS_MAX:
-                raise SourceInvalid(f"{shown}, line {line}: longer than {_LINE_CHARS_MAX} characters")
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise SourceInvalid(f"{shown}, line {line}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise SourceInvalid(f"{shown}, line {line}: a JSON {type(row).__name__}, not an object")
-            yield line, row
-    except UnicodeDecodeError as error:
-        raise SourceInvalid(f"{shown}: not UTF-8 text, near line {line + 1}") from error
+def _json_rows(lines: _Lines) -> Iterator[tuple[int, dict[str, Any]]]:
+    for text in lines:
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text.strip())
+        except json.JSONDecodeError as error:
+            raise lines.invalid(f"not JSON ({error.msg}, at character {error.pos + 1})") from error
+        except (ValueError, RecursionError) as error:
+            raise lines.invalid(f"not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise lines.invalid(f"a JSON {_JSON_KINDS[type(row)]}, not an object")
+        yield lines.number, row
 
 
 def _value(text: str) -> Any:

@@ -1,11 +1,20 @@
 """Counts of a prequential run: each instance is asked first, scored, then learned from. Pure."""
 
 import math
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from quorate_protocol.messages import Outcome, Revealed
+
+#: Newest times of which quantiles are taken: all of the demo's data sets, and no end of memory for a feed
+#: without end.
+TIMES_MAX: Final = 100_000
+
+
+def _times() -> deque[float]:
+    return deque(maxlen=TIMES_MAX)
 
 
 @dataclass(slots=True)
@@ -19,7 +28,7 @@ class AgentTally:
     right: int = 0
     #: Learner's weight after the last truth.
     weight: float | None = None
-    latencies_s: list[float] = field(default_factory=list)
+    latencies_s: deque[float] = field(default_factory=_times)
     #: How its other parts ended: status to count.
     others: Counter[str] = field(default_factory=Counter)
 
@@ -40,8 +49,8 @@ class Tally:
         self.right = 0
         self.states: Counter[str] = Counter()
         self.agents: dict[str, AgentTally] = {}
-        self.rounds_s: list[float] = []
-        self.overheads_s: list[float] = []
+        self.rounds_s = _times()
+        self.overheads_s = _times()
 
     def add_outcome(self, outcome: Outcome, round_s: float) -> None:
         """A round has ended; `round_s` is how long its operator waited, in seconds."""
@@ -76,15 +85,19 @@ class Tally:
                 self.agents[name].weight = weight
 
     @property
+    def answered(self) -> int:
+        """Rounds that met their quorum."""
+        return self.states["complete"] + self.states["quorate"]
+
+    @property
     def accuracy(self) -> float | None:
         """Share of scored instances whose combined answer was right."""
         return self.right / self.scored if self.scored else None
 
     def as_json(self, elapsed_s: float) -> dict[str, Any]:
-        """Everything that was counted; times in milliseconds."""
+        """What was counted and measured; times in milliseconds."""
         return {
             "instances": self.instances,
-            "states": dict(self.states),
             "ensemble": {"accuracy": self.accuracy},
             "agents": {
                 name: {
@@ -103,7 +116,7 @@ class Tally:
         }
 
 
-def quantile(values: list[float], q: float) -> float | None:
+def quantile(values: Collection[float], q: float) -> float | None:
     """The smallest value that at least a share `q` of the values do not exceed; None without values."""
     if not values:
         return None

@@ -17,7 +17,7 @@ from quorate_protocol.errors import (
     ResetByPeer,
     StoppedByPeer,
 )
-from quorate_protocol.limits import DATAGRAM_QUEUE_MAX, STREAMS_MAX
+from quorate_protocol.limits import DATAGRAM_QUEUE_MAX
 from quorate_protocol.transport.address import format_address
 from quorate_protocol.transport.api import (
     BiStream,
@@ -164,14 +164,14 @@ class QuicConnection(Connection):
         while not self._incoming_bi:
             await self._wait_for_change()
         stream = self._incoming_bi.popleft()
-        self._count_unaccepted(bidirectional=True)
+        self._accepted(stream.id)
         return stream
 
     async def accept_uni_stream(self) -> ReceiveStream:
         while not self._incoming_uni:
             await self._wait_for_change()
         stream = self._incoming_uni.popleft()
-        self._count_unaccepted(bidirectional=False)
+        self._accepted(stream.id)
         return stream
 
     async def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
@@ -282,10 +282,8 @@ class QuicConnection(Connection):
             if isinstance(stream, QuicSendStream) and stream.unsent_bytes:
                 self._ended[stream.id] = stream
 
-    def _count_unaccepted(self, *, bidirectional: bool) -> None:
-        """Tells the engine how many streams nobody has accepted, and then the peer if it may open more."""
-        count = len(self._incoming_bi if bidirectional else self._incoming_uni)
-        if self._close_error is None and self.engine.hold_streams(bidirectional=bidirectional, count=count):
+    def _accepted(self, stream_id: int) -> None:
+        if self._close_error is None and self.engine.release_stream(stream_id):
             self._driver.wants_turn(self)
 
     def _remember(self, stream: QuicSendStream | QuicReceiveStream) -> None:
@@ -396,19 +394,14 @@ class QuicConnection(Connection):
             self._handed_out = {known for known in self._handed_out if self.engine.has_stream(known)}
             self._handed_out_max = max(_HANDED_OUT_MIN, 2 * len(self._handed_out))
         self._handed_out.add(stream_id)
-        bidirectional = stream_id & 2 == 0
-        if len(self._incoming_bi if bidirectional else self._incoming_uni) >= STREAMS_MAX:
-            # The limits that we tell count streams that wait to be accepted: this peer does not keep them.
-            self.abort(Code.BUSY, "more streams than were allowed")
-            return None
+        self.engine.hold_stream(stream_id)
         stream: QuicBiStream | QuicReceiveStream
-        if bidirectional:
+        if stream_id & 2 == 0:
             stream = QuicBiStream(self, stream_id, Priority.NORMAL)
             self._incoming_bi.append(stream)
         else:
             stream = QuicReceiveStream(self, stream_id)
             self._incoming_uni.append(stream)
-        self._count_unaccepted(bidirectional=bidirectional)
         self._remember(stream)
         self._wake()
         return stream

@@ -178,8 +178,11 @@ class AioquicEngine:
     def datagrams_dropped(self) -> int:
         return self._quic.datagrams_dropped
 
-    def hold_streams(self, *, bidirectional: bool, count: int) -> bool:
-        return self._quic.set_unaccepted(count, bidirectional=bidirectional)
+    def hold_stream(self, stream_id: int) -> None:
+        self._quic.hold(stream_id)
+
+    def release_stream(self, stream_id: int) -> bool:
+        return self._quic.release(stream_id)
 
     def close(self, code: int, reason: str) -> None:
         reason = reason.encode(errors="replace")[:_REASON_BYTES_MAX].decode(errors="ignore")

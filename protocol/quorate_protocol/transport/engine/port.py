@@ -123,11 +123,11 @@ class Engine(Protocol):
     def datagrams_dropped(self) -> int:
         """Unreliable messages that were queued and dropped before they were sent, so far."""
 
-    def hold_streams(self, *, bidirectional: bool, count: int) -> bool:
-        """So many of the peer's streams are not accepted: they count against its limit even when they have ended.
+    def hold_stream(self, stream_id: int) -> None:
+        """A stream of the peer waits to be accepted: until `release_stream`, it counts against the peer's limit."""
 
-        True when the peer should hear of it: it may open more, and has few left.
-        """
+    def release_stream(self, stream_id: int) -> bool:
+        """It was accepted. True when the peer should hear of it: it has few streams left to open."""
 
     def close(self, code: int, reason: str) -> None:
         """Ends the connection with an application code; a reason that is too long for a packet is cut."""

@@ -14,8 +14,9 @@ stock connection, and why:
   the reader consumed plus a fixed window (RFC 9000, 4.1 and 4.2).
 - **Acknowledgements** ride with data; alone they wait for some milliseconds or packets (RFC 9000,
   13.2.2 leaves that to the receiver), and never when packets are missing.
-- **Stream limits** are stated in the handshake instead of growing one by one, and a stream that
-  nobody has accepted keeps its place: a peer could open and end them without bound otherwise.
+- **Stream limits** are stated in the handshake instead of growing one by one. A stream of the peer
+  keeps its place until it has ended and somebody has accepted it: otherwise a peer could open and end
+  streams without bound while nobody looks.
 - **Datagrams** that do not fit any more are dropped, instead of blocking all behind them for ever.
 """
 
@@ -110,9 +111,8 @@ class Connection(QuicConnection):
         self._consumed_bytes: dict[int, int] = {}
         self._consumed_total_bytes = 0
         self._packets_since_ack = 0
-        #: Streams of the peer that nobody has accepted.
-        self.unaccepted_bidi = 0
-        self.unaccepted_uni = 0
+        #: Streams of the peer that nobody has accepted, and whether they have ended.
+        self._unaccepted: dict[int, bool] = {}
         self.streams_were_unblocked = False
         #: Datagrams that were dropped before they were sent.
         self.datagrams_dropped = 0
@@ -191,13 +191,17 @@ class Connection(QuicConnection):
         if stream.is_finished:
             self._finished.append(stream)
 
-    def set_unaccepted(self, count: int, *, bidirectional: bool) -> bool:
-        """So many streams of the peer wait to be accepted; True when the peer should hear of its limit."""
-        if bidirectional:
-            self.unaccepted_bidi = count
-            return self._is_due(self._local_max_streams_bidi)
-        self.unaccepted_uni = count
-        return self._is_due(self._local_max_streams_uni)
+    def hold(self, stream_id: int) -> None:
+        """A stream of the peer waits to be accepted."""
+        self._unaccepted[stream_id] = False
+
+    def release(self, stream_id: int) -> bool:
+        """It was accepted; True when the peer should hear that it may open another."""
+        if not self._unaccepted.pop(stream_id, False):
+            return False
+        limit = self._stream_limit(stream_id)
+        limit.value += 1
+        return self._is_due(limit)
 
     @property
     def keepalive_at(self) -> float | None:
@@ -384,15 +388,14 @@ class Connection(QuicConnection):
             self._retire_connection_ids.pop(0)
         for limit in (self._local_max_data, self._local_max_streams_bidi, self._local_max_streams_uni):
             if self._is_due(limit):
-                value = limit.value - self._unaccepted(limit)
                 buf = builder.start_frame(
                     limit.frame_type,
                     capacity=_LIMIT_FRAME_CAPACITY,
                     handler=self._on_connection_limit_delivery,
                     handler_args=(limit,),
                 )
-                buf.push_uint_var(value)
-                limit.sent = value
+                buf.push_uint_var(limit.value)
+                limit.sent = limit.value
 
     def _is_due(self, limit: Limit) -> bool:
         """Whether the peer should be told of a limit: when it has less left than it would get.
@@ -400,13 +403,7 @@ class Connection(QuicConnection):
         What it has left shrinks when it sends, too: were the limit told only when enough was consumed,
         unread streams could hold the connection's window, and with it the one that is being read.
         """
-        return limit.sent - limit.used < limit.value - self._unaccepted(limit) - limit.sent
-
-    def _unaccepted(self, limit: Limit) -> int:
-        """What a limit is to be lowered by: streams that nobody has accepted, whether they live or not."""
-        if limit is self._local_max_streams_bidi:
-            return self.unaccepted_bidi
-        return self.unaccepted_uni if limit is self._local_max_streams_uni else 0
+        return limit.sent - limit.used < limit.value - limit.sent
 
     def _write_limits(self, builder: QuicPacketBuilder) -> None:
         while self._limits_due:
@@ -543,6 +540,8 @@ class Connection(QuicConnection):
                 continue
             for book in (self._priorities, self._held, self._limits_due, self._consumed_bytes):
                 book.pop(stream_id, None)
-            if (stream_id & 1 == 0) != self._is_client:
+            if stream_id in self._unaccepted:
+                self._unaccepted[stream_id] = True
+            elif (stream_id & 1 == 0) != self._is_client:
                 # The peer may open one more for each of its own that is over (RFC 9000, 4.6).
                 self._stream_limit(stream_id).value += 1
