@@ -25,11 +25,11 @@ PATIENCE_S = 20.0
 M = TypeVar("M", bound=Message)
 
 
-async def until(condition: Callable[[], Any]) -> None:
+async def until(condition: Callable[[], Any], *, patience_s: float = PATIENCE_S, every_s: float = 0.002) -> None:
     """Waits for what nobody announces."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(patience_s):
         while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(every_s)
 
 
 class Fleet:

@@ -48,8 +48,21 @@ class Process:
         self.pid = process.pid
         assert process.stdout is not None
         assert process.stderr is not None
-        self._out = asyncio.create_task(process.stdout.read())
-        self._err = asyncio.create_task(process.stderr.read())
+        self._out, self._err = bytearray(), bytearray()
+        self._readers = [
+            asyncio.create_task(self._read(process.stdout, self._out)),
+            asyncio.create_task(self._read(process.stderr, self._err)),
+        ]
+
+    @staticmethod
+    async def _read(stream: asyncio.StreamReader, into: bytearray) -> None:
+        while data := await stream.read(65_536):
+            into += data
+
+    @property
+    def out_so_far(self) -> str:
+        """What has come on its standard output."""
+        return self._out.decode(errors="replace")
 
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -66,9 +79,9 @@ class Process:
             if self.process.stdin is not None:
                 self.process.stdin.close()
             await self.process.wait()
-            out, err = await self._out, await self._err
+            await asyncio.gather(*self._readers)
         assert self.process.returncode is not None
-        return Ended(self.process.returncode, out.decode(), err.decode())
+        return Ended(self.process.returncode, self._out.decode(), self._err.decode())
 
 
 def clean_environment(**variables: str) -> dict[str, str]:

@@ -11,10 +11,7 @@ import structlog
 
 from quorate_coordinator.service import Coordinator
 from quorate_coordinator.settings import Settings
-from quorate_protocol.credentials import find_token
-from quorate_protocol.transport import ServerTls
 from quorate_protocol.transport.address import join_host_port
-from quorate_protocol.transport.engine import AioquicFactory
 
 log = structlog.get_logger()
 
@@ -52,23 +49,13 @@ async def run_daemon(settings: Settings) -> int:
             await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
             for waiting in (draining, again):
                 waiting.cancel()
-            await asyncio.wait((draining, again))
+            await asyncio.gather(draining, again, return_exceptions=True)
+            if not draining.cancelled():
+                draining.result()
     finally:
         for caught in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(caught)
     return EXIT_STOPPED
-
-
-def check_files(settings: Settings) -> None:
-    """Reads what the settings name, without making or binding anything.
-
-    Raises:
-        ConfigurationError: a file is missing, unreadable, or holds something else.
-    """
-    if settings.tls.certificate_file is not None and settings.tls.key_file is not None:
-        AioquicFactory().set_server(ServerTls(settings.tls.certificate_file, settings.tls.key_file), [])
-    if settings.auth.token_file is not None:
-        find_token(settings.auth.token_file)
 
 
 def notify_supervisor(environ: Mapping[str, str], **fields: str) -> None:

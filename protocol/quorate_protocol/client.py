@@ -68,19 +68,20 @@ class Client:
             timeout_s: seconds for all of it.
 
         Raises:
+            ValidationError: `name` or `token` cannot be one.
             ConfigurationError: the address or the authorities' file is wrong.
             ConnectFailed: nobody there, not trusted, or the hello is not answered.
             Refused: the coordinator does not let us in; a wrong token, say.
         """
+        hello = Hello(
+            role=role,
+            id=name or f"{role}-{secrets.token_hex(4)}",
+            token=token,
+            software=f"quorate/{__version__}",
+        )
         ends_at = asyncio.get_running_loop().time() + timeout_s
         connection = await connect(url, tls=tls, timeout_s=timeout_s)
         try:
-            hello = Hello(
-                role=role,
-                id=name or f"{role}-{secrets.token_hex(4)}",
-                token=token,
-                software=f"quorate/{__version__}",
-            )
             try:
                 async with asyncio.timeout_at(ends_at):
                     control = Channel(await connection.open_bi_stream(Priority.CRITICAL))
@@ -121,7 +122,8 @@ class Client:
 
         Raises:
             CallFailed: there was no round (nobody does the task, busy, a conflict in the policy).
-            LocalError: `value` cannot travel.
+            LocalError: `value` is of a kind that cannot travel.
+            ValidationError: an argument is out of range or too large; it names which.
             ConnectionClosed: the connection ended; whether there was a round is not known.
         """
         is_count = quorum is None or (isinstance(quorum, int) and not isinstance(quorum, bool))
@@ -141,7 +143,8 @@ class Client:
 
         Raises:
             CallFailed: no such round, still open, or its truth was told before.
-            LocalError: `truth` cannot travel.
+            LocalError: `truth` is of a kind that cannot travel.
+            ValidationError: `truth` is too large.
             ConnectionClosed: the connection ended.
         """
         return await self._call(Reveal(round=round, truth=encode_body(truth)), Revealed)

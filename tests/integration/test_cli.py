@@ -63,7 +63,7 @@ class Gate:
     async def joined(self, client: Client) -> None:
         async with asyncio.timeout(PATIENCE_S):
             while not any(info.state == "connected" for info in (await client.agents()).agents):
-                await asyncio.sleep(0.01)
+                pass
 
     async def ask(self) -> "asyncio.Task[Outcome]":
         """A round that is in flight."""
@@ -101,17 +101,17 @@ async def test_sigterm_drains_and_the_outcome_arrives(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["second signal", "drain_s"])
 async def test_what_does_not_finish_is_interrupted_and_told(tmp_path: Path, how: str) -> None:
     drain_s = "0.2" if how == "drain_s" else "600"
-    async with coordinator_process(tmp_path / "state", QUORATE_SESSIONS__DRAIN_S=drain_s) as coordinator:
-        async with Gate(coordinator) as gate:
-            asking = await gate.ask()
-            coordinator.process.send_signal(signal.SIGINT)
-            await coordinator.told()
-            if how == "second signal":
-                coordinator.process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(PATIENCE_S):
-                outcome = await asking
-            assert (outcome.state, outcome.reason) == ("interrupted", "the coordinator was stopped")
-            ended = await coordinator.process.end()
+    settings = {"QUORATE_SESSIONS__DRAIN_S": drain_s}
+    async with coordinator_process(tmp_path / "state", **settings) as coordinator, Gate(coordinator) as gate:
+        asking = await gate.ask()
+        coordinator.process.send_signal(signal.SIGINT)
+        await coordinator.told()
+        if how == "second signal":
+            coordinator.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE_S):
+            outcome = await asking
+        assert (outcome.state, outcome.reason) == ("interrupted", "the coordinator was stopped")
+        ended = await coordinator.process.end()
     assert ended.code == 0
     assert "Traceback" not in ended.err
 
@@ -174,7 +174,7 @@ async def test_check_prints_the_settings_and_makes_nothing(tmp_path: Path) -> No
     settings = json.loads(ended.out)
     assert settings["state_dir"] == str(tmp_path / "state")
     assert (settings["rounds"]["deadline_s"], settings["rounds"]["quorum"]) == (3.0, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["coordinator.toml"]
+    assert names_in(tmp_path) == ["coordinator.toml"]
 
 
 async def test_what_is_wrong_with_the_settings_is_named(tmp_path: Path) -> None:
@@ -188,7 +188,8 @@ async def test_what_is_wrong_with_the_settings_is_named(tmp_path: Path) -> None:
         "[rounds\n": "is not TOML: ",
         f'[auth]\ntoken_file = "{tmp_path}/absent"': f"{tmp_path}/absent: no such file; it should hold the token",
         '[auth]\ntoken_file = "open-token"': f"{tmp_path}/open-token: holds a token but others may read it (mode 0644)",
-        '[tls]\ncertificate_file = "no-pem"\nkey_file = "no-pem"': f"tls: cannot read certificate {tmp_path}/no-pem",
+        '[tls]\ncertificate_file = "no-pem"\nkey_file = "no-pem"': "tls.certificate_file: cannot read ",
+        'state_dir = "no-pem"': f"state_dir: {tmp_path}/no-pem is not a directory",
     }
     configs = []
     for number, toml in enumerate(wrong):
@@ -238,6 +239,10 @@ async def in_turn(*commands: tuple[str, ...], **environ: str) -> list[Ended]:
             return await quorate(*arguments, **environ)
 
     return await asyncio.gather(*(one(arguments) for arguments in commands))
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
 
 
 def write(path: Path, content: str | bytes) -> str:

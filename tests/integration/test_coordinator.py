@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from quorate_agent import Agent, Declined
 from quorate_agent import backoff as backoff_module
 from quorate_agent.core import State
 from quorate_agent.worker import Worker
+from quorate_coordinator.certificates import ensure_development_credentials
 from quorate_coordinator.learner.api import Answer, ClosedRound, Report
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.service import Coordinator
@@ -870,6 +872,51 @@ async def test_agents_that_stop_are_seen_to_have_left(fleet: Fleet) -> None:
     ending = await ended(running)
     assert ending.kind.value == "stopped"
     await until(lambda: fleet.infos()["a"].state == "left")
+
+
+# --- the certificate -----------------------------------------------------------------------------
+
+
+async def test_the_certificate_is_renewed_while_it_runs(
+    tmp_path: Path, logged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quorate_coordinator.service._CERTIFICATE_CHECK_S", 0.02)
+
+    def events() -> list[str]:
+        return [entry["event"] for entry in logged]
+
+    async with coordinating(tmp_path) as fleet:
+        await fleet.join(echo("a"))
+        operator = await fleet.operator()
+        before = contents(tmp_path, "certificate.pem")
+        # Another coordinator of this directory has renewed it.
+        ensure_development_credentials(tmp_path, now=datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=9))
+        assert contents(tmp_path, "certificate.pem") != before
+        await until(lambda: events().count("certificate_renewed") == 1)
+        remove(tmp_path, "certificate.pem")
+        await until(lambda: events().count("certificate_renewed") == 2)
+        # It cannot be renewed: those who are there stay, those who come are shown the old one.
+        remove(tmp_path, "certificate.pem")
+        authority = replace(tmp_path, "ca.pem", b"garbage")
+        await until(lambda: "certificate_not_renewed" in events())
+        replace(tmp_path, "ca.pem", authority)
+        await until(lambda: events().count("certificate_renewed") == 3)
+        assert (await operator.ask("echo", 1)).state == "complete"
+        assert (await (await fleet.operator()).ask("echo", 2)).value == 2
+
+
+def contents(directory: Path, name: str) -> bytes:
+    return (directory / name).read_bytes()
+
+
+def replace(directory: Path, name: str, content: bytes) -> bytes:
+    before = contents(directory, name)
+    (directory / name).write_bytes(content)
+    return before
+
+
+def remove(directory: Path, name: str) -> None:
+    (directory / name).unlink()
 
 
 # --- the listing ---------------------------------------------------------------------------------

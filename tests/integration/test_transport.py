@@ -124,6 +124,23 @@ async def test_single_bytes_are_received_in_chunks_no_larger_than_asked(link):
         await there.receive(0)
 
 
+async def test_what_is_in_no_hurry_waits_for_company_and_not_for_long(link):
+    here, there = await pair(link)
+    await ping_pong(here, there)
+    sent_before = link.here.stats.udp_datagrams_sent
+    for number in range(10):
+        here.send_nowait(b"%d" % number, hurried=False)
+        for _ in range(6):  # as many turns as would let one in a hurry leave
+            await asyncio.sleep(0)
+    assert await read_exactly(there, 10) == b"0123456789"
+    # A packet for all ten, where each alone would have been one; an acknowledgement or two besides.
+    assert link.here.stats.udp_datagrams_sent <= sent_before + 5
+    # What is in a hurry takes the rest along.
+    here.send_nowait(b"slow", hurried=False)
+    here.send_nowait(b"fast")
+    assert await read_exactly(there, 8) == b"slowfast"
+
+
 # --- how a stream ends ---
 
 

@@ -35,12 +35,13 @@ def callback(
         raise typer.Exit
 
 
-app.command("coordinator")(service_commands.coordinator)
-app.command("ask")(operator_commands.ask)
-app.command("reveal")(operator_commands.reveal)
-app.command("status")(operator_commands.status)
-app.command("feed")(operator_commands.feed)
-app.command("demo")(service_commands.demo)
+# The short texts fit one line of the listing.
+app.command("coordinator", short_help="Run the coordinator.")(service_commands.coordinator)
+app.command("ask", short_help="Ask the fleet; print the combined answer.")(operator_commands.ask)
+app.command("reveal", short_help="Tell the truth of a round.")(operator_commands.reveal)
+app.command("status", short_help="Show the coordinator and its agents.")(operator_commands.status)
+app.command("feed", short_help="Feed a file row by row; report accuracy.")(operator_commands.feed)
+app.command("demo", short_help="See six agents at work on real data.")(service_commands.demo)
 app.add_typer(service_commands.bench, name="bench")
 
 

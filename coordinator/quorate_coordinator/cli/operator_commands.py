@@ -265,9 +265,9 @@ def _print_outcome(outcome: Outcome) -> None:
     if outcome.state in _ANSWERED:
         with common.errors_shown():
             console.print(Text(_json_line(common.as_json(outcome.value)), style="bold green"))
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("agent")
-    table.add_column("status")
+    table = _table()
+    table.add_column("agent", overflow="fold", min_width=12)
+    table.add_column("status", no_wrap=True)
     table.add_column("answer", overflow="fold")
     for heading in ("weight", "latency ms", "compute ms"):
         table.add_column(heading, justify="right")
@@ -313,20 +313,38 @@ def _print_fleet(coordinator: str, fleet: Fleet) -> None:
         return
     if not console.is_terminal:
         for agent in fleet.agents:
-            typer.echo("\t".join([agent.agent, agent.state, ",".join(agent.tasks), *_numbers(agent)]))
+            seen = f"{_age(agent.last_seen_s)} ago"
+            typer.echo("\t".join([agent.agent, agent.state, ",".join(agent.tasks), *_numbers(agent), seen]))
         return
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
-    for heading in ("agent", "state", "tasks", "labels"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("replies", "p50 ms", "p99 ms", "weight", "seen"):
-        table.add_column(heading, justify="right")
+    has_labels = any(agent.labels for agent in fleet.agents)
+    table = _table()
+    table.add_column("agent", overflow="fold", min_width=12)
+    table.add_column("state", overflow="fold", min_width=9)
+    for heading in ("tasks", "labels") if has_labels else ("tasks",):
+        table.add_column(heading, overflow="fold", min_width=9)
+    for heading in ("replies", "p50/p99 ms"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("weight", justify="right", overflow="fold", min_width=6)
     for agent in fleet.agents:
+        replies, p50_ms, p99_ms, weights = _numbers(agent)
+        is_here = agent.state == "connected"
+        state = agent.state if is_here else f"{agent.state} {_age(agent.last_seen_s)} ago"
         labels = " ".join(f"{key}={value}" for key, value in agent.labels.items())
-        style = {"connected": "green", "lost": "red"}.get(agent.state, "yellow")
+        style = "green" if is_here else "red" if agent.state == "lost" else "yellow"
         table.add_row(
-            agent.agent, Text(agent.state, style=style), Text(" ".join(agent.tasks)), Text(labels), *_numbers(agent)
+            agent.agent,
+            Text(state, style=style),
+            Text(" ".join(agent.tasks)),
+            *([Text(common.one_line(labels))] if has_labels else []),
+            replies,
+            "-" if p50_ms == "-" else f"{p50_ms}/{p99_ms}",
+            weights,
         )
     console.print(table)
+
+
+def _table() -> Table:
+    return Table(header_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _numbers(agent: AgentInfo) -> list[str]:
@@ -338,7 +356,6 @@ def _numbers(agent: AgentInfo) -> list[str]:
         "-" if agent.latency_p50_s is None else f"{agent.latency_p50_s * 1000:.1f}",
         "-" if agent.latency_p99_s is None else f"{agent.latency_p99_s * 1000:.1f}",
         " ".join(weights) or "-",
-        f"{_age(agent.last_seen_s)} ago",
     ]
 
 

@@ -36,7 +36,7 @@ def coordinator(
     in [rounds]; the environment goes over the file.
     """
     common.require_extra("coordinator")
-    from quorate_coordinator.daemon import check_files, run_daemon
+    from quorate_coordinator.preflight import check_files
     from quorate_coordinator.settings import load_settings
     from quorate_protocol import logs
 
@@ -46,6 +46,8 @@ def coordinator(
             check_files(settings)
             common.print_json(settings.model_dump(mode="json"))
             return
+        from quorate_coordinator.daemon import run_daemon  # with the learner, which takes a second to import
+
         logs.configure(settings.log.level, settings.log.format)
         code = asyncio.run(run_daemon(settings))
     except ConfigurationError as error:

@@ -36,6 +36,10 @@ _STOP_TIMEOUT_S: Final = 15.0
 _DEADLINE_S: Final = 120.0
 
 
+#: Runs its arguments if the process with the number in $0 is the parent.
+_UNLESS_ORPHANED: Final = '[ "$PPID" = "$0" ] && exec "$@"'
+
+
 class DemoFailed(QuorateError):
     """A process of the demo did not start or ended early. `log_tail` has the end of its log."""
 
@@ -55,8 +59,9 @@ class _Processes:
         """Starts `python -m ARGUMENTS`; its output goes to a file."""
         command = [sys.executable, "-m", *arguments]
         if setpriv := shutil.which("setpriv"):
-            # When this process is killed, the kernel ends the others.
-            command = [setpriv, "--pdeathsig", "TERM", *command]
+            # When this process is killed, the kernel ends the others. One that began only after it was killed is
+            # not told any more, and finds another parent.
+            command = [setpriv, "--pdeathsig", "TERM", "sh", "-c", _UNLESS_ORPHANED, str(os.getpid()), *command]
         with (self._directory / f"{name}.log").open("wb") as output:
             self._processes[name] = await asyncio.create_subprocess_exec(
                 *command,
@@ -73,9 +78,8 @@ class _Processes:
         """
         for name, process in self._processes.items():
             if process.returncode is not None:
-                raise DemoFailed(
-                    f"{name} ended with exit code {process.returncode}; see its log above", self._tail(name)
-                )
+                problem = f"{name} ended with exit code {process.returncode}; the end of its log is above"
+                raise DemoFailed(problem, self._tail(name))
 
     async def watch(self) -> None:
         """Returns never.

@@ -1,0 +1,38 @@
+"""What our engine takes for granted of the library beneath it: an upgrade is a decision."""
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+from quorate_protocol.transport.engine import quic_connection
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_private_methods_that_we_rely_on_are_as_they_were():
+    found = quic_connection.relied_on_digests()
+    changed = sorted(name for name, digest in quic_connection.RELIED_ON.items() if found[name] != digest)
+    assert not changed, (
+        f"aioquic {importlib.metadata.version('aioquic')} has changed {', '.join(changed)}. Read what is new there, "
+        "see whether quorate_protocol/transport/engine/quic_connection.py still does what it says (it replaces these "
+        "methods or relies on how they work), run the tests of the transport, and only then put the new digests "
+        "(relied_on_digests()) in RELIED_ON."
+    )
+
+
+def test_every_method_that_we_override_is_pinned():
+    """A method that is replaced here and changes there would be replaced by something else than was meant."""
+    ours = vars(quic_connection.Connection)
+    theirs = vars(quic_connection.Connection.__mro__[1])
+    overridden = {name for name, value in ours.items() if callable(value) and name in theirs and name != "__init__"}
+    assert overridden
+    assert overridden <= set(quic_connection.RELIED_ON)
+
+
+def test_the_pinned_release_is_the_installed_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (pin,) = [entry for entry in project["dependencies"] if re.match(r"aioquic\b", entry)]
+    assert pin == f"aioquic=={importlib.metadata.version('aioquic')}", "the pin is exact, or it pins nothing"
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert pin in constraints.split(), "constraints.txt and pyproject.toml name different releases"
