@@ -176,6 +176,7 @@ BROKEN: Final[dict[str, tuple[bytes, Code]]] = {
     "truncated in the payload": (b"\0\0\0\x10\x81\xa4ty", Code.FRAME_TRUNCATED),
 }
 
+
 async def send_all(stream: BiStream, data: bytes) -> None:
     """Sends and finishes; the other end may have had enough before."""
     with contextlib.suppress(StreamError, LinkError):

@@ -177,32 +177,12 @@ async def test_check_prints_the_settings_and_makes_nothing(tmp_path: Path) -> No
     assert names_in(tmp_path) == ["coordinator.toml"]
 
 
-async def test_what_is_wrong_with_the_settings_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "open-token", "secret\n")
-    write(tmp_path / "no-pem", "garbage\n")
-    wrong = {
-        "[rounds]\ndeadline_s = -1": "rounds.deadline_s: must be greater than 0, got -1",
-        "[rounds]\ndedline_s = 1": "rounds.dedline_s: unknown setting; did you mean deadline_s?",
-        "[round]\ndeadline_s = 1": "round: unknown section; did you mean rounds?",
-        'listen = "4433"': "listen: '4433' is not an address: an address looks like HOST:PORT",
-        "[rounds\n": "is not TOML: ",
-        f'[auth]\ntoken_file = "{tmp_path}/absent"': f"{tmp_path}/absent: no such file; it should hold the token",
-        '[auth]\ntoken_file = "open-token"': f"{tmp_path}/open-token: holds a token but others may read it (mode 0644)",
-        '[tls]\ncertificate_file = "no-pem"\nkey_file = "no-pem"': "tls.certificate_file: cannot read ",
-        'state_dir = "no-pem"': f"state_dir: {tmp_path}/no-pem is not a directory",
-    }
-    configs = []
-    for number, toml in enumerate(wrong):
-        configs.append(tmp_path / f"{number}.toml")
-        write(configs[-1], toml)
-    absent = tmp_path / "absent.toml"
-    results = await in_turn(*(("coordinator", "--check", "--config", str(path)) for path in (*configs, absent)))
-    for config, problem, ended in zip(
-        [*configs, absent], [*wrong.values(), "cannot be read: No such"], results, strict=True
-    ):
-        assert (ended.code, ended.out) == (2, ""), problem
-        assert ended.line.startswith(f"quorate: {config}: "), ended.line
-        assert problem in ended.line
+async def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
+    config = write(tmp_path / "coordinator.toml", "[rounds]\ndeadline_s = -1\n")
+    for arguments in (("coordinator", "--config", config), ("coordinator", "--check", "--config", config)):
+        ended = await quorate(*arguments)
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.line == f"quorate: {config}: rounds.deadline_s: must be greater than 0, got -1"
 
 
 async def test_a_state_directory_that_cannot_be_used_is_named(tmp_path: Path) -> None:
@@ -365,29 +345,17 @@ async def test_rounds_without_an_answer_exit_with_6_and_say_why(operated: Operat
     assert unknown.line == "quorate: there is no round 99 (unknown-round)"
 
 
-async def test_wrong_arguments_exit_with_2_before_anybody_is_asked(operated: Operated, tmp_path: Path) -> None:
+async def test_wrong_arguments_exit_with_2_and_nobody_is_asked(operated: Operated) -> None:
     wrong = {
-        ("ask", "classify", "cat"): "JSON: 'cat' is not JSON",
-        ("ask", "classify", "18446744073709551616"): "body cannot be sent: ",
-        ("ask", "two words", "1"): "TASK: String should match pattern",
-        ("ask", "classify", "1", "--quorum", "most"): "--quorum: 'most' is neither a count",
-        ("ask", "classify", "1", "--deadline", "soon"): "--deadline: 'soon' is not a time",
-        ("ask", "classify", "1", "--deadline", "0"): "--deadline: Input should be greater than 0",
-        ("ask", "classify", "1", "--label", "zone"): "--label: 'zone' is not KEY=VALUE",
-        ("ask", "classify", "1", "--ca", f"{tmp_path}/absent.pem"): f"{tmp_path}/absent.pem: no such file",
-        ("ask", "classify", "1", "--token-file", f"{tmp_path}/absent"): f"{tmp_path}/absent: no such file",
-        ("ask", "classify", "1", "--coordinator", "http://x"): "'http://x' does not begin with quic://",
-        ("reveal", "9223372036854775808", "1"): "ROUND: Input should be less than or equal to",
-        ("feed", "x.csv", "--task", "t", "--format", "xml"): "--format: 'xml' is neither csv nor jsonl",
-        ("feed", f"{tmp_path}/absent.csv", "--task", "t"): f"{tmp_path}/absent.csv: No such file or directory",
+        ("ask", "classify", "cat"): "quorate: JSON: 'cat' is not JSON",
+        ("ask", "classify", "18446744073709551616"): "quorate: body cannot be sent: ",
+        ("ask", "two words", "1"): "quorate: TASK: String should match pattern",
+        ("reveal", "9223372036854775808", "1"): "quorate: ROUND: Input should be less than or equal to",
     }
     for arguments, ended in zip(wrong, await operated.run_all(*wrong), strict=True):
         assert (ended.code, ended.out) == (2, ""), arguments
-        assert wrong[arguments] in ended.line, arguments
+        assert ended.line.startswith(wrong[arguments]), arguments
     assert operated.fleet.coordinator.list_fleet().rounds_closed == {}
-    usage = await operated.run("ask", "classify")
-    assert usage.code == 2
-    assert "Missing argument 'JSON'" in usage.err
 
 
 async def test_standard_input_that_is_no_text_is_named(operated: Operated) -> None:

@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +32,7 @@ from quorate_coordinator.feeding.ahead import Interruption, read_ahead
 from quorate_coordinator.feeding.report import LiveProgress, print_report
 from quorate_coordinator.feeding.run import AskOptions
 from quorate_coordinator.feeding.run import feed as feed_instances
-from quorate_coordinator.feeding.sources import FileFormat, SourceInvalid, read_instances
+from quorate_coordinator.feeding.sources import FileFormat, Instance, SourceInvalid, read_instances
 from quorate_coordinator.feeding.tally import Tally
 from quorate_protocol.errors import ConfigurationError, FrameMalformed, QuorateError
 from quorate_protocol.messages import AgentInfo, AgentResult, Fleet, Outcome
@@ -163,42 +163,41 @@ def feed(
         if file_format not in (None, "csv", "jsonl"):
             raise ConfigurationError("--format", f"{file_format!r} is neither csv nor jsonl")
         options = _options(quorum, grace, deadline, label)
-        chosen: FileFormat | None = "csv" if file_format == "csv" else "jsonl" if file_format == "jsonl" else None
-        interruption = Interruption()
-        all_rows = read_instances(file, target=target, file_format=chosen, interruption=interruption)
-        # What is wrong with the file shows before anybody is connected to.
-        rows = itertools.islice(itertools.chain(list(itertools.islice(all_rows, 1)), all_rows), limit)
-
+    chosen: FileFormat | None = "csv" if file_format == "csv" else "jsonl" if file_format == "jsonl" else None
     tally = Tally()
     line = 0
     began = time.monotonic()
 
-    async def instances() -> AsyncGenerator[tuple[Any, Any, bool], None]:
+    async def instances(
+        rows: Iterator[Instance], interruption: Interruption
+    ) -> AsyncGenerator[tuple[Any, Any, bool], None]:
         nonlocal line
         async with contextlib.aclosing(read_ahead(rows, interruption)) as ahead:
             async for row in ahead:
                 line = row.line
                 yield row.features, row.truth, row.has_truth
 
-    async def call() -> None:
+    async def call(rows: Iterator[Instance], interruption: Interruption) -> None:
         nonlocal began
         async with await common.connect(coordinator, token_file, ca) as client:
             began = time.monotonic()
             with LiveProgress(f"feed {file}", tally, limit) as progress:
-                async with contextlib.aclosing(instances()) as fed:
+                async with contextlib.aclosing(instances(rows, interruption)) as fed:
                     await feed_instances(
                         client, task, fed, tally, options=options, on_outcome=lambda outcome: progress.update()
                     )
 
     problem, code = "", 0
-    try:
-        asyncio.run(call())
-    except (QuorateError, ValidationError, KeyboardInterrupt) as error:
-        problem, code = common.explain(error)
-        if line and not isinstance(error, SourceInvalid | KeyboardInterrupt):
-            problem = f"{file}, line {line}: {problem}"
-    finally:
-        interruption.close()
+    with contextlib.closing(Interruption()) as interruption:
+        rows = read_instances(file, target=target, file_format=chosen, interruption=interruption)
+        try:
+            # What is wrong with the file shows before anybody is connected to.
+            first = list(itertools.islice(rows, 1))
+            asyncio.run(call(itertools.islice(itertools.chain(first, rows), limit), interruption))
+        except (QuorateError, ValidationError, KeyboardInterrupt) as error:
+            problem, code = common.explain(error)
+            if line and not isinstance(error, SourceInvalid | KeyboardInterrupt):
+                problem = f"{file}, line {line}: {problem}"
     elapsed_s = time.monotonic() - began
     # What was answered before an error is not lost.
     if not problem or tally.instances:
