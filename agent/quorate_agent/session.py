@@ -5,13 +5,13 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final
 
-import msgpack
 import structlog
 
 from quorate_agent import events as ev
 from quorate_protocol.errors import Code, ConnectionClosed, LinkError, ProtocolError, StreamError, UnexpectedMessage
 from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.messages import (
+    PULSE,
     Assignment,
     Cancellation,
     CoordinationOpened,
@@ -38,10 +38,6 @@ UNSENT_BYTES_MAX: Final = 64 << 20
 _LEAVE_POLL_S: Final = 0.005
 #: Seconds to wait for the news why, after a stream failed.
 _CLOSE_NEWS_TIMEOUT_S: Final = 0.5
-
-#: The payload of a heartbeat datagram: a message without keys, and without a frame's length.
-PULSE: Final[bytes] = msgpack.packb({"type": "pulse"})
-
 
 #: What the core asks of a session.
 SessionInstruction = ev.SendHello | ev.OpenCoordination | ev.SendReply | ev.SendDrain | ev.Leave | ev.CloseLink

@@ -13,7 +13,6 @@ import ipaddress
 import os
 import secrets
 import socket
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from quorate_coordinator.files import write_file
 from quorate_protocol.errors import ConfigurationError
 from quorate_protocol.state_dir import CA_NAME, CERTIFICATE_NAME, KEY_NAME, TOKEN_NAME
 from quorate_protocol.transport import ServerTls
@@ -88,7 +88,7 @@ def ensure_token(state_dir: Path) -> Path:
     token_file = state_dir / TOKEN_NAME
     with _holding(state_dir):
         if not token_file.exists():
-            _write(token_file, secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n", private=True)
+            write_file(token_file, secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n", private=True)
     return token_file
 
 
@@ -132,8 +132,8 @@ def _ensure_certificate(files: DevelopmentCredentials, wanted: list[x509.General
     authority_key_file = files.ca_file.with_name(_AUTHORITY_KEY_NAME)
     if not (files.ca_file.exists() and authority_key_file.exists()):
         new_key = ec.generate_private_key(ec.SECP256R1())
-        _write(authority_key_file, _key_pem(new_key), private=True)
-        _write(files.ca_file, _authority(new_key, now).public_bytes(serialization.Encoding.PEM))
+        write_file(authority_key_file, _key_pem(new_key), private=True)
+        write_file(files.ca_file, _authority(new_key, now).public_bytes(serialization.Encoding.PEM))
     authority, authority_key = _load_authority(files.ca_file, authority_key_file)
     if _is_good(files, authority, wanted, now):
         return False
@@ -153,8 +153,8 @@ def _ensure_certificate(files: DevelopmentCredentials, wanted: list[x509.General
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
-    _write(files.key_file, _key_pem(key), private=True)
-    _write(files.certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
+    write_file(files.key_file, _key_pem(key), private=True)
+    write_file(files.certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
     return True
 
 
@@ -235,22 +235,3 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def _write(path: Path, content: bytes, *, private: bool = False) -> None:
-    # Written aside and renamed: a reader sees the old file or the new one (also after a crash), a secret is
-    # never readable by others, and where a link was put in the file's place, it is replaced and not followed.
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    aside = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            if not private:
-                os.fchmod(file.fileno(), 0o644)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise

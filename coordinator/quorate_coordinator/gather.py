@@ -14,6 +14,7 @@ from typing import Final, Protocol, assert_never
 import structlog
 
 from quorate_coordinator.learner.api import AgentReply, Answer, ClosedRound, Learner, Request
+from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits, RoundBook
 from quorate_coordinator.rounds.events import (
     AgentLost,
@@ -42,7 +43,7 @@ from quorate_coordinator.rounds.instructions import (
 from quorate_coordinator.rounds.instructions import Outcome as BookOutcome
 from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_protocol.bodies import decode_body
-from quorate_protocol.errors import CallFailed, FrameMalformed
+from quorate_protocol.errors import CallFailed, ConfigurationError, FrameMalformed
 from quorate_protocol.limits import CONNECTIONS_MAX
 from quorate_protocol.messages import (
     AgentResult,
@@ -83,12 +84,14 @@ class Gatherer:
         *,
         policy: RoundPolicy,
         limits: BookLimits,
+        numbers: RoundNumbers,
         observe_duration: Callable[[str, float], None],
     ) -> None:
-        self.book: Final = RoundBook(limits)
+        self.book: Final = RoundBook(limits, first_round=numbers.first)
         self.learner: Final = learner
         self._fleet = fleet
         self._policy = policy
+        self._numbers = numbers
         self._observe_duration = observe_duration
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -269,6 +272,11 @@ class Gatherer:
                 assert_never(instruction)
 
     def _close(self, closed: BookOutcome) -> None:
+        try:
+            self._numbers.use(closed.round)
+        except ConfigurationError as error:
+            # The round is over and its operator waits; a later run may use its number again.
+            log.error("round_numbers_not_reserved", problem=str(error))
         has_quorum = closed.state in ("complete", "quorate")
         answer = self._combine(closed) if has_quorum else None
         if answer is not None and answer.body is not None:

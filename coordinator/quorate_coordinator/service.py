@@ -24,6 +24,7 @@ from quorate_coordinator.learner.fixed_share import LEARNING_RATE, SHARE
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.metrics import Metrics, Sources
 from quorate_coordinator.operators import Operators
+from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits
 from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_coordinator.serving import refuse_streams
@@ -45,6 +46,7 @@ from quorate_protocol.limits import FRAME_BYTES_MAX, HELLO_BYTES_MAX
 from quorate_protocol.messages import AgentInfo, Hello, Refusal
 from quorate_protocol.messages import Fleet as FleetListing
 from quorate_protocol.transport import Connection, Server, ServerTls, listen
+from quorate_protocol.transport.address import join_host_port
 
 log = structlog.get_logger()
 
@@ -117,6 +119,7 @@ class Coordinator:
                 in_flight_per_agent_max=settings.rounds.in_flight_per_agent_max,
                 remembered_max=settings.rounds.remembered_max,
             ),
+            numbers=RoundNumbers(settings.state_dir / "next-round"),
             observe_duration=self.metrics.observe_duration,
         )
         self._operators = Operators(
@@ -151,8 +154,8 @@ class Coordinator:
             self._spawn(self._renew_certificate(self._server, development), "certificate")
         log.info(
             "coordinator_started",
-            listen=f"{self.address[0]}:{self.address[1]}",
-            http=None if self._http.address is None else f"{self._http.address[0]}:{self._http.address[1]}",
+            listen=join_host_port(*self.address),
+            http=None if self._http.address is None else join_host_port(*self._http.address),
             state_dir=str(settings.state_dir),
             version=__version__,
         )
@@ -370,7 +373,12 @@ class Coordinator:
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("task_failed", task=task.get_name(), exc_info=error)
 
 
 async def _turn_away(connection: Connection, *, uni: bool) -> None:

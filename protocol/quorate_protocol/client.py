@@ -18,6 +18,7 @@ from quorate_protocol.bodies import encode_body
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import CallFailed, Code, ConnectFailed, Refused
 from quorate_protocol.messages import (
+    PULSE,
     Agents,
     Ask,
     CallError,
@@ -45,6 +46,7 @@ class Client:
         self._control = control
         #: Software version of the coordinator.
         self.coordinator_software = welcome.software
+        self._watching = asyncio.create_task(self._watch(welcome.pulse_s, welcome.lease_s), name="client watch")
 
     @classmethod
     async def connect(
@@ -157,8 +159,22 @@ class Client:
         """
         return await self._call(Agents(), Fleet)
 
+    async def _watch(self, pulse_s: float, lease_s: float) -> None:
+        """Gives up a coordinator that is silent: one that died says nothing, and calls would wait for long."""
+        connection = self._connection
+        loop = asyncio.get_running_loop()
+        while not connection.is_closed:
+            await asyncio.sleep(pulse_s)
+            silent_s = loop.time() - connection.stats.received_at
+            if silent_s > lease_s:
+                connection.abort(Code.LEASE_EXPIRED, f"the coordinator has not been heard for {silent_s:.0f} s")
+            elif not connection.is_closed and connection.datagrams.max_bytes >= len(PULSE):
+                # Its acknowledgement is what is listened for.
+                connection.datagrams.send(PULSE)
+
     async def close(self) -> None:
         """Leaves."""
+        self._watching.cancel()
         await self._connection.close(Code.NO_ERROR)
 
     async def _call(self, request: Message, answer_type: type[AnswerT]) -> AnswerT:

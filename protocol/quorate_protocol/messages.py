@@ -6,7 +6,7 @@ and `vectors/` has each message as bytes.
 """
 
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
@@ -33,6 +33,9 @@ Status = Literal["replied", "declined", "failed", "late", "lost", "cancelled", "
 
 #: How a round ends.
 RoundState = Literal["complete", "quorate", "expired", "failed", "cancelled", "interrupted"]
+
+#: The payload of a heartbeat datagram: the map `{"type": "pulse"}`, without a frame's length.
+PULSE: Final = b"\x81\xa4type\xa5pulse"
 
 _TYPES: dict[str, type["Message"]] = {}
 

@@ -17,11 +17,10 @@ from quorate_agent import Agent, AgentInvalid, Context, Declined
 from quorate_agent import backoff as backoff_module
 from quorate_agent import session as session_module
 from quorate_agent.events import EndingKind
-from quorate_agent.session import PULSE
 from quorate_agent.worker import Ending, Worker
 from quorate_protocol.errors import Code, ConfigurationError, ConnectionClosed, LocalError, Refused
 from quorate_protocol.limits import BODY_BYTES_MAX, FRAME_BYTES_MAX
-from quorate_protocol.messages import Drain, Goodbye, Refusal
+from quorate_protocol.messages import PULSE, Drain, Goodbye, Refusal
 from quorate_protocol.transport import ClientTls
 
 

@@ -128,7 +128,7 @@ async def test_after_kill_9_a_new_one_gets_its_agents_back(tmp_path: Path, monke
             await gate.joined(client)
             gate.gate.set()
             outcome = await client.ask("wait", "again")
-            assert (outcome.round, outcome.state, outcome.value) == (1, "complete", "again")
+            assert (outcome.state, outcome.value) == ("complete", "again")
             await client.close()
 
 
@@ -539,15 +539,9 @@ async def test_ctrl_c_ends_a_feed_with_its_report(operated: Operated) -> None:
 # --- the command itself --------------------------------------------------------------------------
 
 
-async def test_version_and_help(tmp_path: Path) -> None:
-    version, nothing, help_, feed, unknown = await in_turn(
-        ("--version",), (), ("--help",), ("feed", "--help"), ("fed",)
-    )
+async def test_version_and_usage() -> None:
+    version, nothing = await in_turn(("--version",), ())
     assert version == Ended(0, f"quorate {__version__}\n", "")
     assert nothing.code == 2
     for command in ("coordinator", "ask", "reveal", "status", "feed", "demo", "bench"):
-        assert command in help_.out
-    for option in ("--task", "--target", "--format", "--limit", "--quorum", "--deadline", "--json", "--token-file"):
-        assert option in feed.out
-    assert unknown.code == 2
-    assert "No such command 'fed'" in unknown.err
+        assert f"\n  {command} " in nothing.err

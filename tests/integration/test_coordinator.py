@@ -19,6 +19,7 @@ from quorate_agent.worker import Worker
 from quorate_coordinator.certificates import ensure_development_credentials
 from quorate_coordinator.learner.api import Answer, ClosedRound, Report
 from quorate_coordinator.learner.vote import VoteLearner
+from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.service import Coordinator
 from quorate_coordinator.settings import Settings
 from quorate_protocol.channel import Channel
@@ -691,6 +692,21 @@ async def test_a_learner_that_raises_costs_the_answer_and_not_the_round(
     assert "learner_failed_to_learn" in events
 
 
+async def test_a_disk_that_is_full_costs_no_outcome(
+    fleet: Fleet, logged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use(numbers: RoundNumbers, number: int) -> None:
+        raise ConfigurationError("state_dir", "cannot write: No space left on device")
+
+    monkeypatch.setattr(RoundNumbers, "use", use)
+    await fleet.join(echo("a"))
+    operator = await fleet.operator()
+    outcome = await operator.ask("echo", 1)
+    assert (outcome.state, outcome.value) == ("complete", 1)
+    assert (await operator.reveal(outcome.round, 1)).correct is True
+    assert "round_numbers_not_reserved" in [entry["event"] for entry in logged]
+
+
 # --- the end -------------------------------------------------------------------------------------
 
 
@@ -806,7 +822,7 @@ async def test_agents_come_back_by_themselves_after_a_restart(tmp_path: Path, mo
                 await until(lambda: len(again.connected) == 2)
                 operator = await again.operator()
                 outcome = await operator.ask("echo", "again", quorum=1.0)
-                assert (outcome.round, outcome.value, len(outcome.results)) == (1, "again", 2)
+                assert (outcome.state, outcome.value, len(outcome.results)) == ("complete", "again", 2)
                 await again.close()
         finally:
             for task in running:

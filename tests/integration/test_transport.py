@@ -284,12 +284,14 @@ async def test_flush_returns_when_everything_was_acknowledged(link):
     assert len(await read_all(there)) == 200_000
 
 
-async def test_flush_of_a_finished_stream_hears_of_a_stop(link):
-    here, there = await pair(link)
+@pytest.mark.parametrize("kind", ["bi", "uni"])
+async def test_flush_of_a_finished_stream_hears_of_a_stop(link, kind):
+    here = await (link.here.open_bi_stream() if kind == "bi" else link.here.open_uni_stream())
     here.send_nowait(b"x" * (2 << 20))  # more than the window: some of it cannot be acknowledged
     await here.finish()
     flushing = asyncio.create_task(here.flush())
-    await until(lambda: there._unread)
+    async with asyncio.timeout(PATIENCE_S):
+        there = await (link.there.accept_bi_stream() if kind == "bi" else link.there.accept_uni_stream())
     there.stop(Code.BUSY)
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(StoppedByPeer):

@@ -78,7 +78,7 @@ def test_an_instance_without_an_answer_counts_as_wrong() -> None:
     assert (tally.accuracy, tally.states, tally.answered) == (0.0, {"failed": 1}, 0)
     assert tally.agents["a"].accuracy is None
     assert _summary(tally, 1.0) == "1 rounds in 1.0 s · 1.0 rounds/s · coordination overhead p50 10.00 ms · " + (
-        "without an answer: 1 failed"
+        "without an answer: 1 failed, counted as wrong"
     )
 
 

@@ -81,7 +81,13 @@ def ask(
         with common.errors_shown():
             common.print_json(common.as_json(outcome.value))
     if outcome.state not in _ANSWERED:
-        common.fail(f"round {outcome.round} {outcome.state}: {outcome.reason}", common.EXIT_NO_ANSWER)
+        missing = [
+            f"\n  {result.agent} {result.status}{': ' if result.error else ''}{common.one_line(result.error)}"
+            for result in outcome.results
+            if result.status != "replied"
+        ]
+        reason = f"round {outcome.round} {outcome.state}: {outcome.reason}"
+        common.fail(reason + ("" if sys.stdout.isatty() else "".join(missing)), common.EXIT_NO_ANSWER)
 
 
 def reveal(
@@ -144,7 +150,10 @@ def feed(
     file_format: Annotated[
         str | None, typer.Option("--format", metavar="csv|jsonl", help="Instead of going by the file's name.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Feed the first N rows only.", min=1)] = None,
+    skip: Annotated[
+        int, typer.Option(metavar="N", help="Leave out the first N rows: those fed before, say.", min=0)
+    ] = 0,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Feed at most N rows.", min=1)] = None,
     coordinator: CoordinatorOption = DEFAULT_COORDINATOR,
     quorum: QuorumOption = None,
     grace: GraceOption = None,
@@ -192,7 +201,7 @@ def feed(
         rows = read_instances(file, target=target, file_format=chosen, interruption=interruption)
         try:
             # What is wrong with the file shows before anybody is connected to.
-            first = list(itertools.islice(rows, 1))
+            first = list(itertools.islice(rows, skip, skip + 1))
             asyncio.run(call(itertools.islice(itertools.chain(first, rows), limit), interruption))
         except (QuorateError, ValidationError, KeyboardInterrupt) as error:
             problem, code = common.explain(error)
@@ -305,15 +314,19 @@ def _print_fleet(coordinator: str, fleet: Fleet) -> None:
         f"{coordinator} · {fleet.software} · up {_age(fleet.uptime_s)} · {fleet.rounds_open} rounds open, "
         f"{closed} closed{f' ({states})' if states else ''}{draining}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     if not fleet.agents:
         console.print("no agents have joined yet; start one with: quorate-agent run MODULE:ATTRIBUTE", style="yellow")
         return
     if not console.is_terminal:
+        typer.echo("agent\tstate\ttasks\tlabels\treplies\tlatency_p50_ms\tlatency_p99_ms\tweight\tseen")
         for agent in fleet.agents:
+            labels = ",".join(f"{key}={value}" for key, value in agent.labels.items())
             seen = f"{_age(agent.last_seen_s)} ago"
-            typer.echo("\t".join([agent.agent, agent.state, ",".join(agent.tasks), *_numbers(agent), seen]))
+            row = [agent.agent, agent.state, ",".join(agent.tasks), labels, *_numbers(agent), seen]
+            typer.echo("\t".join(common.one_line(cell) for cell in row))
         return
     has_labels = any(agent.labels for agent in fleet.agents)
     table = _table()

@@ -1,7 +1,9 @@
 """`quorate coordinator`, `demo`, `bench`: what needs the extra [coordinator]."""
 
 import asyncio
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -40,18 +42,19 @@ def coordinator(
     from quorate_coordinator.settings import load_settings
     from quorate_protocol import logs
 
-    try:
-        settings = load_settings(config, os.environ)
-        if check:
-            check_files(settings)
-            common.print_json(settings.model_dump(mode="json"))
-            return
-        from quorate_coordinator.daemon import run_daemon  # with the learner, which takes a second to import
+    with common.errors_shown():
+        try:
+            settings = load_settings(config, os.environ)
+            if check:
+                check_files(settings)
+                common.print_json(settings.model_dump(mode="json"))
+                return
+            from quorate_coordinator.daemon import run_daemon  # with the learner, which takes a second to import
 
-        logs.configure(settings.log.level, settings.log.format)
-        code = asyncio.run(run_daemon(settings))
-    except ConfigurationError as error:
-        common.fail(f"{config}: {error}" if config is not None else str(error), common.EXIT_USAGE)
+            logs.configure(settings.log.level, settings.log.format)
+            code = asyncio.run(run_daemon(settings))
+        except ConfigurationError as error:
+            common.fail(f"{config}: {error}" if config is not None else str(error), common.EXIT_USAGE)
     raise typer.Exit(code)
 
 
@@ -78,21 +81,30 @@ def demo(
     each instance is asked first and its label revealed after.
     """
     common.require_extra("coordinator")
-    from quorate_coordinator.demo.run import DemoFailed, run_demo
+    from quorate_coordinator.demo.run import run_demo
+
+    with _demo_errors_shown():
+        asyncio.run(
+            run_demo(
+                dataset,
+                limit=limit,
+                seed=seed,
+                json_output=json_output,
+                serve=serve,
+                listen=listen,
+                http=http,
+            )
+        )
+
+
+@contextlib.contextmanager
+def _demo_errors_shown() -> Iterator[None]:
+    """As `common.errors_shown`; when a process of the demo has ended, with the end of its log."""
+    from quorate_coordinator.demo.run import DemoFailed
 
     with common.errors_shown():
         try:
-            asyncio.run(
-                run_demo(
-                    dataset,
-                    limit=limit,
-                    seed=seed,
-                    json_output=json_output,
-                    serve=serve,
-                    listen=listen,
-                    http=http,
-                )
-            )
+            yield
         except DemoFailed as error:
             if error.log_tail:
                 typer.echo(error.log_tail, err=True)
@@ -109,5 +121,5 @@ def bench_coordination(
     from quorate_coordinator.bench.coordination import measure_coordination
     from quorate_coordinator.bench.report import show
 
-    result = common.run(measure_coordination(instances))
-    show(result, json_file)
+    with _demo_errors_shown():
+        show(asyncio.run(measure_coordination(instances)), json_file)

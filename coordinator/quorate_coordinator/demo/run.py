@@ -25,6 +25,7 @@ from quorate_protocol.client import Client
 from quorate_protocol.credentials import find_ca, find_token
 from quorate_protocol.errors import ConfigurationError, QuorateError
 from quorate_protocol.transport import ClientTls
+from quorate_protocol.transport.address import join_host_port, parse_listen_address
 
 #: How long the processes may take to be ready, in seconds: six imports of River on two cores.
 _START_TIMEOUT_S: Final = 90.0
@@ -238,7 +239,7 @@ async def _fleet(
                     "coordinator", "quorate_coordinator", "coordinator", env={**env, **notify_env, **settings}
                 )
                 addresses = await _wait_ready(ready, processes)
-            url = f"quic://{addresses['X_QUORATE_LISTEN']}"
+            url = f"quic://{_reachable(addresses['X_QUORATE_LISTEN'])}"
             multiclass = "true" if DATASETS[dataset].multiclass else "false"
             for agent, file in CLASSIFIERS.items():
                 await processes.start(
@@ -304,9 +305,14 @@ async def _unless_one_ends(work: "asyncio.Future[Any]", processes: _Processes) -
         await asyncio.wait((work, watching))
 
 
+def _reachable(listen: str) -> str:
+    """The address at which this machine reaches what listens there: "every interface" is no destination."""
+    host, port = parse_listen_address(listen)
+    return join_host_port({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)  # noqa: S104  compared, not bound
+
+
 def _where(url: str, http: str, state_dir: str) -> str:
+    metrics = f"  metrics  http://{_reachable(http)}/metrics\n" if http else ""
     return (
-        f"\nserving until Ctrl-C\n"
-        f"  metrics  http://{http}/metrics\n"
-        f"  status   QUORATE_STATE_DIR={state_dir} quorate status --coordinator {url}"
+        f"\nserving until Ctrl-C\n{metrics}  status   QUORATE_STATE_DIR={state_dir} quorate status --coordinator {url}"
     )

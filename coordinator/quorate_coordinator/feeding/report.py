@@ -1,6 +1,7 @@
 """What a person sees of a run: a progress bar while it goes, a table at its end; plain lines on a pipe."""
 
 import time
+from collections import Counter
 from types import TracebackType
 from typing import Self
 
@@ -16,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from quorate_coordinator.feeding.tally import Tally, quantile
 
@@ -46,7 +48,7 @@ class LiveProgress:
         if self._console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
@@ -91,16 +93,16 @@ def print_report(title: str, tally: Tally, elapsed_s: float) -> None:
         console.print(_table(title, tally))
         console.print(_summary(tally, elapsed_s), highlight=False)
         return
-    typer.echo("agent\taccuracy\tweight\treplies\tlatency_p50_ms\tlatency_p99_ms")
+    typer.echo("agent\taccuracy\tweight\treplies\tmissed\tlatency_p50_ms\tlatency_p99_ms")
     for name, cells in _rows(tally):
         typer.echo("\t".join([name, *cells]))
     typer.echo(_summary(tally, elapsed_s))
 
 
 def _table(title: str, tally: Tally) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
     table.add_column("agent")
-    for heading in ("accuracy", "weight", "replies", "p50 ms", "p99 ms"):
+    for heading in ("accuracy", "weight", "replies", "missed", "p50 ms", "p99 ms"):
         table.add_column(heading, justify="right")
     rows = _rows(tally)
     for name, cells in rows:
@@ -120,6 +122,7 @@ def _rows(tally: Tally) -> list[tuple[str, list[str]]]:
                 _share(agent.accuracy),
                 "-" if agent.weight is None else f"{agent.weight:.3f}",
                 str(agent.replies),
+                _missed(agent.others),
                 _ms(quantile(agent.latencies_s, 0.5)),
                 _ms(quantile(agent.latencies_s, 0.99)),
             ],
@@ -133,6 +136,7 @@ def _rows(tally: Tally) -> list[tuple[str, list[str]]]:
                 _share(tally.accuracy),
                 "1.000",
                 str(tally.answered),
+                str(tally.instances - tally.answered),
                 _ms(quantile(tally.rounds_s, 0.5)),
                 _ms(quantile(tally.rounds_s, 0.99)),
             ],
@@ -150,10 +154,16 @@ def _summary(tally: Tally, elapsed_s: float) -> str:
     ]
     unanswered = {state: count for state, count in tally.states.items() if state not in ("complete", "quorate")}
     if unanswered:
-        parts.append(
-            "without an answer: " + ", ".join(f"{count} {state}" for state, count in sorted(unanswered.items()))
-        )
+        told = ", ".join(f"{count} {state}" for state, count in sorted(unanswered.items()))
+        parts.append(f"without an answer: {told}" + (", counted as wrong" if tally.scored else ""))
     return " · ".join(part for part in parts if part)
+
+
+def _missed(others: Counter[str]) -> str:
+    """How an agent's other parts ended: `0`, or `3 (2 late, 1 failed)`."""
+    if not others:
+        return "0"
+    return f"{others.total()} ({', '.join(f'{count} {status}' for status, count in others.most_common())})"
 
 
 def _share(value: float | None) -> str:

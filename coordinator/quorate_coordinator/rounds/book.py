@@ -83,9 +83,9 @@ class BookLimits:
 
 
 class RoundBook:
-    """The one door to all rounds: `handle`. Round numbers start at 1 and go up by 1."""
+    """The one door to all rounds: `handle`. Round numbers start at `first_round` and go up by 1."""
 
-    def __init__(self, limits: BookLimits | None = None) -> None:
+    def __init__(self, limits: BookLimits | None = None, *, first_round: int = 1) -> None:
         self.limits: Final = BookLimits() if limits is None else limits
         self._rounds: dict[int, Round] = {}
         #: Agent to the rounds that wait for it, in their order. No agent without one.
@@ -98,7 +98,8 @@ class RoundBook:
             count_max=self.limits.remembered_max, bytes_max=self.limits.remembered_bytes_max
         )
         self._traces: Shelf[Round] = Shelf(count_max=self.limits.traces_max, bytes_max=self.limits.traces_bytes_max)
-        self._last_id = 0
+        self._first_id: Final = first_round
+        self._last_id = first_round - 1
         self._now = float("-inf")
         self._is_draining = False
         self._is_drained = False
@@ -246,8 +247,12 @@ class RoundBook:
     def _take_truth(self, event: TruthRevealed, now: float) -> list[Instruction]:
         round_ = self._find(event.round)
         if round_ is None:
-            known = 1 <= event.round <= self._last_id
-            message = f"round {event.round} is not remembered any more" if known else f"there is no round {event.round}"
+            if 1 <= event.round < self._first_id:
+                message = f"round {event.round} is of an earlier run of the coordinator: those are not remembered"
+            elif 1 <= event.round <= self._last_id:
+                message = f"round {event.round} is not remembered any more"
+            else:
+                message = f"there is no round {event.round}"
             return [RejectRequest(event.request_id, "unknown-round", message, retry=False)]
         was_awaited = round_.outcome is not None
         instructions = round_.handle(event, now)

@@ -1,0 +1,194 @@
+"""What people see: tables that fit their terminal, plain lines on a pipe, and nothing that a peer could paint with."""
+
+import re
+import time
+from typing import Any
+
+import pytest
+
+from quorate_coordinator.cli.operator_commands import _print_fleet, _print_outcome
+from quorate_coordinator.feeding import report
+from quorate_coordinator.feeding.report import LiveProgress, print_report
+from quorate_coordinator.feeding.tally import Tally
+from quorate_protocol.bodies import encode_body
+from quorate_protocol.messages import AgentInfo, AgentResult, Fleet, Outcome, Revealed
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output is 80 columns of a terminal."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines without colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+
+
+def outcome(*results: AgentResult, state: str = "quorate", answer: Any = "cat") -> Outcome:
+    return Outcome.model_validate(
+        {
+            "round": 7,
+            "task": "classify",
+            "state": state,
+            "quorum": 1,
+            "answer": encode_body(answer),
+            "support": 0.75,
+            "results": [result.model_dump() for result in results],
+            "duration_s": 0.0123,
+        }
+    )
+
+
+AGENTS = [
+    AgentInfo(
+        agent="extremely-fast-decision-tree",
+        state="connected",
+        labels={"zone": "north", "kind": "tree"},
+        tasks=["classify"],
+        assignments=12_345,
+        replies=12_344,
+        latency_p50_s=0.0123,
+        latency_p99_s=1.2345,
+        weights={"classify": 0.25},
+    ),
+    AgentInfo(agent="gone", state="lost", tasks=["classify", "paint"], last_seen_s=125.0),
+]
+
+
+def test_a_fleet_fits_the_terminal(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    fleet = Fleet(software="quorate/1", uptime_s=4000.0, rounds_open=1, rounds_closed={"complete": 3}, agents=AGENTS)
+    _print_fleet("quic://[::1]:4433", fleet)
+    header, *table = shown(capsys)
+    assert header == "quic://[::1]:4433 · quorate/1 · up 1.1 h · 1 rounds open, 3 closed (3 complete)"
+    assert max(map(len, table)) <= 80
+    text = "".join(line[:12].strip() for line in table)
+    assert "extremely-fast-decision-tree" in text
+    for word in ("connected", "lost", "2.1 min", "zone=north", "kind=tree", "12344/12345", "12.3/1234.5", "0.250"):
+        assert any(word in line for line in table), word
+
+
+def test_a_fleet_without_labels_has_no_such_column(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    _print_fleet("quic://h", Fleet(software="q", uptime_s=1.0, rounds_open=0, agents=AGENTS[1:], draining=True))
+    lines = shown(capsys)
+    assert lines[0].endswith(" · draining")
+    assert "labels" not in lines[1]
+
+
+def test_a_fleet_on_a_pipe_is_one_line_for_each_agent(pipe: None, capsys: pytest.CaptureFixture[str]) -> None:
+    _print_fleet("quic://h", Fleet(software="q", uptime_s=1.0, rounds_open=0, agents=AGENTS))
+    assert [line.split("\t") for line in shown(capsys)[1:]] == [
+        [
+            "extremely-fast-decision-tree",
+            "connected",
+            "classify",
+            "12344/12345",
+            "12.3",
+            "1234.5",
+            "0.250",
+            "0 s ago",
+        ],
+        ["gone", "lost", "classify,paint", "0/0", "-", "-", "-", "2.1 min ago"],
+    ]
+
+
+def test_an_outcome_fits_the_terminal_and_tells_each_agents_part(
+    terminal: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _print_outcome(
+        outcome(
+            AgentResult(agent="a", status="replied", body=encode_body({"x": [1]}), latency_s=0.0021, weight=0.5),
+            AgentResult(agent="b", status="failed", error="ValueError: no such class", latency_s=0.001),
+            AgentResult(agent="c", status="late"),
+            AgentResult(agent="d", status="replied", body=b"\xc1", latency_s=0.001, weight=0.5),
+        )
+    )
+    lines = shown(capsys)
+    assert lines[0] == '"cat"'
+    assert max(map(len, lines)) <= 80
+    rows = {line.split()[0]: re.split(r"\s{2,}", line.strip()) for line in lines[3:7]}
+    assert rows["a"] == ["a", "replied", '{"x": [1]}', "0.500", "2.1", "0.0"]
+    assert rows["b"] == ["b", "failed", "ValueError: no such class", "-", "1.0", "-"]
+    assert rows["c"][:2] == ["c", "late"]
+    assert rows["d"][2].startswith("its answer cannot be read")
+    assert lines[-1] == "round 7 quorate in 12.3 ms · 2 of 4 replied, quorum 1 · support 75%"
+
+
+def test_what_agents_say_is_no_command_for_the_terminal(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b]0;title\x07\x1b[2J[red]two\nlines[/red]"
+    _print_outcome(
+        outcome(AgentResult(agent="a", status="failed", error=evil), answer=evil),
+    )
+    raw = capsys.readouterr().out
+    assert "\x1b]0" not in raw
+    assert "\x1b[2J" not in raw
+    assert "\x07" not in raw
+    assert "[red]two lines[/red]" in raw
+
+
+def run_tally() -> Tally:
+    tally = Tally()
+    result = AgentResult(agent="tree", status="replied", body=b"\x01", latency_s=0.002, weight=1.0)
+    tally.add_outcome(outcome(result, state="complete"), 0.01)
+    tally.add_truth(Revealed(round=7, correct=True, right={"tree": True}, weights={"tree": 1.0}))
+    return tally
+
+
+def test_a_report_is_a_table_on_a_terminal(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    print_report("data[red].csv", run_tally(), 2.0)
+    lines = shown(capsys)
+    assert lines[0].strip() == "data[red].csv"
+    assert max(map(len, lines)) <= 80
+    assert any(re.search(r"tree\s+│\s+1\.0000 │\s+1\.000 │\s+1 │\s+2\.0 │\s+2\.0", line) for line in lines)
+    assert any(re.search(r"ensemble\s+│\s+1\.0000 │\s+1\.000 │\s+1 │\s+10\.0 │\s+10\.0", line) for line in lines)
+    assert lines[-1] == "1 rounds in 2.0 s · 0.5 rounds/s · coordination overhead p50 10.00 ms"
+
+
+def test_a_report_is_plain_lines_on_a_pipe(pipe: None, capsys: pytest.CaptureFixture[str]) -> None:
+    print_report("data.csv", run_tally(), 2.0)
+    assert shown(capsys)[:3] == [
+        "agent\taccuracy\tweight\treplies\tlatency_p50_ms\tlatency_p99_ms",
+        "tree\t1.0000\t1.000\t1\t2.0\t2.0",
+        "ensemble\t1.0000\t1.000\t1\t10.0\t10.0",
+    ]
+
+
+def test_progress_on_a_pipe_is_a_line_now_and_then_on_standard_error(
+    pipe: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(report.time, "monotonic", lambda: now)
+    tally = run_tally()
+    with LiveProgress("feed x.csv", tally, 50) as progress:
+        progress.update()
+        now += 4.9
+        progress.update()
+        now += 0.2
+        progress.update()
+        progress.update()
+    with LiveProgress("quiet", tally, 50, quiet=True) as progress:
+        now += 60
+        progress.update()
+    assert capsys.readouterr() == ("", "feed x.csv: 1/50  0 rounds/s  accuracy 1.0000\n")
+
+
+def test_progress_on_a_terminal_is_a_bar_that_goes(
+    terminal: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LiveProgress("feed [red]x.csv", run_tally(), 50) as progress:
+        progress._shown_at = time.monotonic() - 1
+        progress.update()
+    out, err = capsys.readouterr()
+    assert out == ""
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", err)
+    assert "feed [red]x.csv" in plain
+    assert "1/50" in plain
+    assert "accuracy 1.0000" in plain
