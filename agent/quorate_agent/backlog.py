@@ -4,8 +4,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from quorate_protocol.limits import TEXT_CHARS_MAX
-
 
 @dataclass(frozen=True, slots=True)
 class BacklogLimits:
@@ -138,8 +136,3 @@ class RememberedBodies:
         known = self._bodies.pop(round_id, None)
         if known is not None:
             self._bytes -= len(known[1])
-
-
-def clip(text: str) -> str:
-    """`text`, shortened to what may travel."""
-    return text if len(text) <= TEXT_CHARS_MAX else text[: TEXT_CHARS_MAX - 1] + "…"

@@ -27,7 +27,8 @@ from enum import Enum
 from typing import Any, Final, Literal
 
 from quorate_agent import events as ev
-from quorate_agent.backlog import BacklogLimits, RememberedBodies, Work, WorkQueue, clip
+from quorate_agent.backlog import BacklogLimits, RememberedBodies, Work, WorkQueue
+from quorate_protocol.messages import clip_text
 
 
 class State(Enum):
@@ -331,14 +332,14 @@ class AgentCore:
             work.round,
             work.attempt,
             status,
-            error=clip(text),
+            error=clip_text(text),
             compute_s=event.compute_s,
             waited_s=waited_s,
         )
 
     def _decline(self, event: ev.AssignmentReceived, reason: str, out: list[ev.Instruction]) -> None:
         self.counts.declined += 1
-        out.append(ev.SendReply(event.round, event.attempt, "declined", error=clip(reason)))
+        out.append(ev.SendReply(event.round, event.attempt, "declined", error=clip_text(reason)))
 
     def _abandon(self, predicate: Callable[[Work], bool], out: list[ev.Instruction]) -> int:
         """Drops queued work and cancels running work for which the predicate holds; returns how much of it."""

@@ -130,7 +130,13 @@ def _holding(state_dir: Path) -> Iterator[None]:
 
 def _ensure_certificate(files: DevelopmentCredentials, wanted: list[x509.GeneralName], now: datetime.datetime) -> bool:
     authority_key_file = files.ca_file.with_name(_AUTHORITY_KEY_NAME)
-    if not (files.ca_file.exists() and authority_key_file.exists()):
+    if files.ca_file.exists() and not authority_key_file.exists():
+        raise ConfigurationError(
+            "state_dir",
+            f"{authority_key_file} is missing, so that the authority in {files.ca_file} can sign nothing; put it back, "
+            f"or delete {files.ca_file} to make a new authority, which agents elsewhere have to be given",
+        )
+    if not files.ca_file.exists():
         new_key = ec.generate_private_key(ec.SECP256R1())
         write_file(authority_key_file, _key_pem(new_key), private=True)
         write_file(files.ca_file, _authority(new_key, now).public_bytes(serialization.Encoding.PEM))

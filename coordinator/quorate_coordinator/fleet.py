@@ -41,7 +41,7 @@ from quorate_protocol.errors import (
     Refused,
     UnexpectedMessage,
 )
-from quorate_protocol.messages import CoordinationOpened, Drain, Goodbye, Hello, Reply, Welcome
+from quorate_protocol.messages import CoordinationOpened, Drain, Goodbye, Hello, Reply, Welcome, clip_text
 from quorate_protocol.transport import BiStream, Connection, Priority
 
 log = structlog.get_logger()
@@ -56,6 +56,11 @@ LEAVE_TIMEOUT_S: Final = 2.0
 
 #: With what a stream is refused that an agent has no use for.
 _SURPLUS: Final = Code.UNEXPECTED_MESSAGE
+
+
+#: An agent with more than this to take in is not asked until it has: far enough below the above that
+#: feedback and cancellations still fit.
+_BEHIND_BYTES: Final = UNSENT_BYTES_MAX // 2
 
 
 class AgentLink:
@@ -78,17 +83,23 @@ class AgentLink:
         #: rounds that one agent may owe, and the seconds that it has to open it.
         self._early: list[bytes] = []
         self._early_bytes = 0
+        #: Since when it has too much to take in without taking in any of it, on the loop's clock; and how much.
+        self.behind_since: float | None = None
+        self.behind_bytes = 0
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that the agent has not taken in."""
+        return self._early_bytes if self._stream is None else self._stream.unsent_bytes
 
     def send(self, frame: bytes, *, hurried: bool = True) -> None:
         """Queues a frame; an agent that is too far behind, or gone, gets nothing more."""
         if self.connection.is_closed:
             return
+        unsent_bytes = self.unsent_bytes + len(frame)
         if self._stream is None:
             self._early.append(frame)
             self._early_bytes += len(frame)
-            unsent_bytes = self._early_bytes
-        else:
-            unsent_bytes = self._stream.unsent_bytes + len(frame)
         if unsent_bytes > UNSENT_BYTES_MAX:
             log.warning("agent_too_far_behind", agent=self.agent, unsent_bytes=unsent_bytes)
             self.close(Code.BUSY, "too far behind: not reading")
@@ -157,6 +168,24 @@ class Fleet:
             if link is not None:
                 link.send(frame, hurried=hurried)
 
+    def is_behind(self, agent: str, more_bytes: int) -> bool:
+        """Whether an agent has so much to take in that it should not be sent so many bytes more."""
+        link = self._links.get(agent)
+        if link is None:
+            return False
+        unsent_bytes = link.unsent_bytes
+        if unsent_bytes + more_bytes <= _BEHIND_BYTES:
+            link.behind_since = None
+            return False
+        now = self._loop.time()
+        if link.behind_since is None or unsent_bytes < link.behind_bytes:
+            link.behind_since, link.behind_bytes = now, unsent_bytes
+        elif now - link.behind_since > self._lease_s:
+            # It lives, and it does not read.
+            log.warning("agent_too_far_behind", agent=agent, unsent_bytes=unsent_bytes)
+            link.close(Code.BUSY, "too far behind: not reading")
+        return True
+
     def last_seen_at(self, member: Member) -> float:
         """When an agent was last heard, on the loop's clock."""
         link = self._links.get(member.agent)
@@ -200,6 +229,7 @@ class Fleet:
 
     def _end_session(self, link: AgentLink, reason: str) -> None:
         link.is_ending = True
+        reason = clip_text(reason)
         if link.goodbye is not None:
             self._handle(AgentLeft(link.agent, link.session, link.goodbye))
         else:

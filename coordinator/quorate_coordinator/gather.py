@@ -55,6 +55,7 @@ from quorate_protocol.messages import (
     Reply,
     Reveal,
     Revealed,
+    clip_text,
 )
 
 log = structlog.get_logger()
@@ -69,6 +70,9 @@ class Fleet(Protocol):
 
     def select(self, task: str, labels: Mapping[str, str]) -> tuple[str, ...]:
         """Agents that can be asked, sorted."""
+
+    def is_behind(self, agent: str, more_bytes: int) -> bool:
+        """Whether an agent has so much to take in that it should not be sent so many bytes more."""
 
     def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True) -> None:
         """Sends one frame to each of these agents that is connected."""
@@ -124,10 +128,17 @@ class Gatherer:
             raise CallFailed("no-agents", f"no connected agent{such} does the task {ask.task!r}", retry=True)
         per_agent_max = self.book.limits.in_flight_per_agent_max
         # One slow agent must not turn away what the others could answer.
-        free = tuple(agent for agent in candidates if self.book.in_flight_of(agent) < per_agent_max)
+        free = tuple(
+            agent
+            for agent in candidates
+            if self.book.in_flight_of(agent) < per_agent_max and not self._fleet.is_behind(agent, len(ask.body))
+        )
         if not free:
             raise CallFailed(
-                "busy", f"every agent that does {ask.task!r} has {per_agent_max} rounds waiting", retry=True
+                "busy",
+                f"every agent that does {ask.task!r} has {per_agent_max} rounds waiting, or has not taken in "
+                "what it was sent before",
+                retry=True,
             )
         plan = self.learner.compute_coordination(Request(task=ask.task, body=ask.body, candidates=free))
         policy = self._policy
@@ -217,8 +228,25 @@ class Gatherer:
     def handle(self, event: Event) -> None:
         """Hands an event to the book and carries out what it says."""
         for instruction in self.book.handle(event, self._loop.time()):
-            self._carry_out(instruction)
+            try:
+                self._carry_out(instruction)
+            except Exception:
+                # One that fails must take neither the others with it nor who waits for it.
+                log.exception("instruction_failed", instruction=type(instruction).__name__)
+                self._fail_request(instruction)
         self._arm()
+
+    def _fail_request(self, instruction: Instruction) -> None:
+        """Answers who waits for an instruction that could not be carried out."""
+        source = instruction.outcome if isinstance(instruction, CloseRound) else instruction
+        request_id = getattr(source, "request_id", None)
+        if request_id is not None:
+            self._answer_error(request_id, CallFailed("internal", "the coordinator failed; its log says more"))
+
+    def _answer_error(self, request_id: int, error: CallFailed) -> None:
+        future = self._asks.get(request_id) or self._reveals.get(request_id)
+        if future is not None and not future.done():
+            future.set_exception(error)
 
     def _arm(self) -> None:
         at = self.book.next_timer()
@@ -246,7 +274,7 @@ class Gatherer:
                 ).to_frame()
                 self._fleet.send(instruction.agents, frame)
             case SendCancellation():
-                frame = Cancellation(round=instruction.round, reason=instruction.reason).to_frame()
+                frame = Cancellation(round=instruction.round, reason=clip_text(instruction.reason)).to_frame()
                 self._fleet.send(instruction.agents, frame)
             case CloseRound(outcome):
                 self._close(outcome)
@@ -306,7 +334,7 @@ class Gatherer:
                         agent=result.agent,
                         status=result.status,
                         body=result.body,
-                        error=result.error,
+                        error=clip_text(result.error),
                         latency_s=result.latency_s,
                         compute_s=result.compute_s,
                         waited_s=result.waited_s,
@@ -315,7 +343,7 @@ class Gatherer:
                     for result in closed.results
                 ],
                 duration_s=closed.duration_s,
-                reason=closed.reason,
+                reason=clip_text(closed.reason),
             )
         )
 
@@ -359,10 +387,9 @@ class Gatherer:
             )
 
     def _reject(self, instruction: RejectRequest) -> None:
-        error = CallFailed(instruction.reason, instruction.message, retry=instruction.retry)
-        future = self._asks.get(instruction.request_id) or self._reveals.get(instruction.request_id)
-        if future is not None and not future.done():
-            future.set_exception(error)
+        self._answer_error(
+            instruction.request_id, CallFailed(instruction.reason, instruction.message, retry=instruction.retry)
+        )
 
 
 def _as_learner_sees(closed: BookOutcome, answer: bytes | None = None) -> ClosedRound:

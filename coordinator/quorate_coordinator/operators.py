@@ -32,6 +32,7 @@ from quorate_protocol.messages import (
     Reveal,
     Role,
     Welcome,
+    clip_text,
 )
 from quorate_protocol.transport import BiStream, Connection, Priority
 
@@ -156,6 +157,9 @@ class Operators:
         except (QuorateError, TimeoutError) as error:
             log.debug("call_ended_early", reason=str(error))
             channel.abort(Code.CANCELLED)
+        except Exception:
+            log.exception("call_failed")
+            channel.abort(Code.INTERNAL)
         finally:
             self._owed.discard(this)
             unanswered.discard(stream.id)
@@ -182,7 +186,7 @@ class Operators:
                     answer = self._list_fleet()
         except CallFailed as error:
             self.calls_total[call, error.reason] += 1
-            return CallError(reason=error.reason, message=error.message, retry=error.retry)
+            return CallError(reason=error.reason, message=clip_text(error.message), retry=error.retry)
         except (QuorateError, asyncio.CancelledError):
             self.calls_total[call, "withdrawn"] += 1
             raise

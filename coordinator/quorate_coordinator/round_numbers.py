@@ -5,10 +5,10 @@ first number that is still free; numbers are taken from it in blocks, so that a 
 a round costs no write.
 """
 
-import os
 from pathlib import Path
 from typing import Final
 
+from quorate_coordinator.files import write_file
 from quorate_protocol.errors import ConfigurationError
 
 #: Numbers reserved at once, and how many may be left when the next block is.
@@ -53,11 +53,9 @@ class RoundNumbers:
             self._reserve(self._reserved + _BLOCK)
 
     def _reserve(self, free: int) -> None:
-        aside = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            aside.write_text(f"{free}\n")
-            aside.replace(self._file)
+            write_file(self._file, f"{free}\n".encode())
         except OSError as error:
             raise ConfigurationError("state_dir", f"cannot write {self._file}: {error.strerror or error}") from error
         self._reserved = free

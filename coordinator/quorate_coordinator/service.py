@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import hmac
+import os
 import time
 from collections import Counter
 from collections.abc import Coroutine
@@ -246,8 +247,9 @@ class Coordinator:
                 AgentInfo(
                     agent=member.agent,
                     state=member.state,
-                    labels=dict(member.labels),
-                    tasks=list(member.tasks),
+                    # Of those who are gone a thousand are remembered, and their labels are nobody's business.
+                    labels=dict(member.labels) if is_live else {},
+                    tasks=list(member.tasks) if is_live else [],
                     address=member.address,
                     software=member.software,
                     connected_s=now - member.joined_at if is_live else 0.0,
@@ -405,15 +407,19 @@ async def _refuse(connection: Connection, channel: Channel, refusal: Refused) ->
 def _credentials(settings: Settings) -> tuple[ServerTls, str, DevelopmentCredentials | None]:
     """Certificate, token, and the development files where the certificate is one of those."""
     token_file = settings.auth.token_file
+    from_environment = token_file is None and any(
+        os.environ.get(name) for name in ("QUORATE_TOKEN", "QUORATE_TOKEN_FILE")
+    )
     certificate_file, key_file = settings.tls.certificate_file, settings.tls.key_file
     if certificate_file is not None and key_file is not None:
         tls, development = ServerTls(certificate_file, key_file), None
-        if token_file is None:
+        if token_file is None and not from_environment:
             token_file = ensure_token(settings.state_dir)
     else:
         development = ensure_development_credentials(settings.state_dir, names=settings.tls.names)
         tls = development.tls
-        token_file = token_file or development.token_file
+        if not from_environment:
+            token_file = token_file or development.token_file
     return tls, find_token(token_file), development
 
 

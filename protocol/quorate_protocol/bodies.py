@@ -17,6 +17,7 @@ from typing import Any, Final
 import msgpack
 
 from quorate_protocol.errors import FrameMalformed, LocalError
+from quorate_protocol.limits import BODY_BYTES_MAX
 
 #: msgpack extension type of a NumPy array.
 EXT_NDARRAY: Final = 1
@@ -104,6 +105,9 @@ def _unpack_ext(code: int, data: bytes) -> Any:
         dtype = numpy.dtype(dtype_name)
         if math.prod(shape) * dtype.itemsize != len(raw):
             raise FrameMalformed("array extension: dtype, shape and size do not agree")
+        if math.prod(size or 1 for size in shape) > BODY_BYTES_MAX:
+            # No bytes at all, but a billion empty rows to whoever makes a list of it.
+            raise FrameMalformed("array extension is empty in one dimension and vast in the others")
         array = numpy.frombuffer(raw, dtype=dtype).reshape(shape)
     except (TypeError, ValueError, OverflowError) as error:
         raise FrameMalformed("array extension has an impossible dtype or shape") from error

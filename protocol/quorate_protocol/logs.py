@@ -7,7 +7,7 @@ Call `configure` once, where the process begins. Modules write `structlog.get_lo
 import logging
 import sys
 from collections.abc import MutableMapping
-from typing import Any, Final, Literal, TextIO
+from typing import Any, Final, Literal, TextIO, cast
 
 import structlog
 
@@ -25,6 +25,13 @@ _LEVELS: Final[dict[str, int]] = {
 
 #: Field names whose values never reach a log, whatever code wrote them.
 _SECRET_FIELDS: Final = frozenset({"token", "authorization", "password", "secret"})
+
+
+#: Longest text of one field, in characters.
+_FIELD_CHARS_MAX: Final = 1024
+
+#: Fields that are tracebacks: ours, and many lines by nature.
+_MULTILINE_FIELDS: Final = frozenset({"exception", "stack"})
 
 
 def configure(
@@ -49,6 +56,7 @@ def configure(
         raise ConfigurationError("log format", f"{format!r} is none of auto, json, console")
     stream = sys.stderr if stream is None else stream
     on_terminal = stream.isatty()
+    output = _Lossy(stream)
     as_json = format == "json" or (format == "auto" and not on_terminal)
 
     before: list[structlog.typing.Processor] = [
@@ -56,6 +64,7 @@ def configure(
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso" if as_json else "%H:%M:%S", utc=as_json),
         _redact,
+        _tame,
     ]
     after: list[structlog.typing.Processor]
     if as_json:
@@ -70,11 +79,11 @@ def configure(
     structlog.configure(
         processors=[*before, *after],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, output)),
         cache_logger_on_first_use=False,
     )
 
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(cast(TextIO, output))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*before, structlog.stdlib.add_logger_name],
@@ -91,3 +100,32 @@ def _redact(logger: Any, method: str, event: MutableMapping[str, Any]) -> Mutabl
     for name in _SECRET_FIELDS.intersection(event):
         event[name] = "[not logged]"
     return event
+
+
+def _tame(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Text that came from elsewhere can neither flood the log nor command the terminal that shows it."""
+    for name, value in event.items():
+        if isinstance(value, str) and name not in _MULTILINE_FIELDS:
+            if len(value) > _FIELD_CHARS_MAX:
+                value = f"{value[:_FIELD_CHARS_MAX]}… ({len(value)} characters)"
+            event[name] = value if value.isprintable() else ascii(value)[1:-1]
+    return event
+
+
+class _Lossy:
+    """A stream whose reader may go, or whose disk may be full: what cannot be written is lost, and nothing else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            return

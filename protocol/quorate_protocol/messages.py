@@ -87,6 +87,11 @@ def parse_message(raw: dict[str, Any]) -> Message:
     return model.from_map(raw)
 
 
+def clip_text(text: str) -> str:
+    """`text`, shortened to what may travel as a reason or an error."""
+    return text if len(text) <= TEXT_CHARS_MAX else text[: TEXT_CHARS_MAX - 1] + "…"
+
+
 @cache
 def message_types() -> dict[str, type[Message]]:
     """All wire types and their models, in the order of definition."""
@@ -95,7 +100,9 @@ def message_types() -> dict[str, type[Message]]:
 
 def _describe(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    path = ".".join(str(part) for part in first["loc"]) or "message"
+    # A key of the peer's own making may stand in the path: it is shown short, and without what a terminal obeys.
+    parts = [ascii(part)[1:-1][:64] if isinstance(part, str) else str(part) for part in first["loc"]]
+    path = ".".join(parts) or "message"
     more = error.error_count() - 1
     return f"{path}: {first['msg']}" + (f" (and {more} more)" if more else "")
 

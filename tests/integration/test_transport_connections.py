@@ -304,9 +304,11 @@ async def test_a_full_backlog_turns_away_as_busy_and_the_dead_do_not_fill_it(cre
         for connection in waiting:
             await connection.close()
         await until(lambda: all(connection.is_closed for connection in dead))
-        link = await connected(server, url_of(server), credentials)
-        await ping_pong(*await pair(link))
-        await link.here.close()
+        late = await connect(url_of(server), tls=tls)
+        await until(lambda: late.is_closed or not any(connection in dead for connection in server._ready))
+        assert not late.is_closed
+        assert (await server.accept()).peer.startswith("127.0.0.1:")
+        await late.close()
 
 
 async def test_an_address_in_use_or_not_ours(credentials, server):

@@ -253,6 +253,18 @@ def parse_json(what: str, text: str) -> Any:
 
 
 def as_json(value: Any) -> Any:
+    """A body's value as something that JSON can say; see `_as_json`.
+
+    Raises:
+        LocalError: it is nested too deep.
+    """
+    try:
+        return _as_json(value)
+    except RecursionError:
+        raise LocalError("the answer is nested too deep to be shown") from None
+
+
+def _as_json(value: Any) -> Any:
     """A body's value as something that JSON can say.
 
     Bytes are hexadecimal, arrays lists, times ISO 8601, complex numbers pairs; what JSON has no word for
@@ -264,18 +276,39 @@ def as_json(value: Any) -> Any:
         case float():
             return value if math.isfinite(value) else None
         case dict():
-            return {key if isinstance(key, str) else str(key): as_json(inner) for key, inner in value.items()}
+            return {key if isinstance(key, str) else str(key): _as_json(inner) for key, inner in value.items()}
         case list() | tuple():
-            return [as_json(inner) for inner in value]
+            return [_as_json(inner) for inner in value]
         case bytes():
             return value.hex()
         case complex():
-            return [as_json(value.real), as_json(value.imag)]
+            return [_as_json(value.real), _as_json(value.imag)]
     if hasattr(value, "tolist"):  # of NumPy, which need not be installed
-        return as_json(value.tolist())
+        return _as_json(value.tolist())
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """JSON that a terminal can be shown: what it would obey stands as an escape, as JSON has it.
+
+    Raises:
+        LocalError: the value is nested too deep.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    except RecursionError:
+        raise LocalError("the answer is nested too deep to be shown") from None
+    if text.replace("\n", " ").isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else _escape(char) for char in text)
 
 
 def print_json(value: Any) -> None:
     """One object on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2 if sys.stdout.isatty() else None))
+    with errors_shown():
+        typer.echo(json_text(value, indent=2 if sys.stdout.isatty() else None))
+
+
+def _escape(char: str) -> str:
+    """The character as JSON's escape: U+007F too, which json.dumps leaves as it is."""
+    return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else json.dumps(char)[1:-1]

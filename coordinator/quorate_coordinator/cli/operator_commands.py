@@ -3,11 +3,10 @@
 import asyncio
 import contextlib
 import itertools
-import json
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from pydantic import ValidationError
@@ -302,7 +301,11 @@ def _print_outcome(outcome: Outcome) -> None:
 
 
 def _json_line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return common.json_text(value)
+
+
+#: Columns that a table of the fleet needs beside the agents' names.
+_FLEET_WIDTH: Final = 70
 
 
 def _print_fleet(coordinator: str, fleet: Fleet) -> None:
@@ -330,13 +333,14 @@ def _print_fleet(coordinator: str, fleet: Fleet) -> None:
         return
     has_labels = any(agent.labels for agent in fleet.agents)
     table = _table()
-    table.add_column("agent", overflow="fold", min_width=12)
-    table.add_column("state", overflow="fold", min_width=9)
-    for heading in ("tasks", "labels") if has_labels else ("tasks",):
-        table.add_column(heading, overflow="fold", min_width=9)
+    # Of a fixed width, or it would be the first to be squeezed.
+    width = min(max(len(agent.agent) for agent in fleet.agents), max(12, console.width - _FLEET_WIDTH))
+    table.add_column("agent", overflow="fold", width=width)
+    for heading in ("state", "tasks", "labels") if has_labels else ("state", "tasks"):
+        table.add_column(heading, overflow="fold")
     for heading in ("replies", "p50/p99 ms"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("weight", justify="right", overflow="fold", min_width=6)
+    table.add_column("weight", justify="right", overflow="fold")
     for agent in fleet.agents:
         replies, p50_ms, p99_ms, weights = _numbers(agent)
         is_here = agent.state == "connected"

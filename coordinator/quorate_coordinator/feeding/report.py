@@ -3,9 +3,10 @@
 import time
 from collections import Counter
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,6 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from quorate_coordinator.feeding.tally import Tally, quantile
+
+#: Characters of a name that a table on a terminal leaves unfolded.
+_NAME_WIDTH_MAX: Final = 28
 
 
 class LiveProgress:
@@ -100,15 +104,25 @@ def print_report(title: str, tally: Tally, elapsed_s: float) -> None:
 
 
 def _table(title: str, tally: Tally) -> Table:
-    table = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
-    table.add_column("agent")
-    for heading in ("accuracy", "weight", "replies", "missed", "p50 ms", "p99 ms"):
-        table.add_column(heading, justify="right")
+    # Without a frame, so that 80 columns hold it.
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     rows = _rows(tally)
-    for name, cells in rows:
+    table.add_column("agent", overflow="fold", width=min(_NAME_WIDTH_MAX, max(len(name) for name, _ in rows)))
+    for heading in ("accuracy", "weight", "replies", "missed", "p50/p99 ms"):
+        table.add_column(heading, justify="right", no_wrap=heading != "missed")
+    for name, (*cells, p50_ms, p99_ms) in rows:
         if name == "ensemble":
             table.add_section()
-        table.add_row(name, *cells, style="bold green" if name == "ensemble" else None)
+        times = p50_ms if p50_ms == p99_ms == "-" else f"{p50_ms}/{p99_ms}"
+        table.add_row(name, *cells, times, style="bold green" if name == "ensemble" else None)
     return table
 
 

@@ -139,7 +139,7 @@ class _Lines:
 
 def _csv_rows(lines: _Lines, target: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(_LINE_CHARS_MAX)
-    reader = csv.reader(lines)
+    reader = csv.reader(lines, strict=True)
     try:
         header = [column.strip() for column in next(reader, [])]
         if not header:

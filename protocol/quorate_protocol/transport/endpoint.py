@@ -14,6 +14,7 @@ time would cost more than the packet.
 import asyncio
 import errno
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -47,6 +48,12 @@ _UNSENT_DATAGRAMS_MAX: Final = 4096
 #: microseconds, and the loop reads what has come meanwhile.
 _TURN_HOPS: Final = 3
 
+#: Share of the time that new connections' handshakes may take, so that a flood of them leaves the rest to those
+#: who are in; and how much of it may be saved up, in seconds: some hundred agents that join at once. Beyond it
+#: an Initial is dropped unread, and its sender tries again.
+_HANDSHAKE_SHARE: Final = 0.25
+_HANDSHAKE_BURST_S: Final = 0.5
+
 #: How long bytes that are in no hurry wait for others to share a packet with, in seconds.
 UNHURRIED_DELAY_S: Final = 0.005
 
@@ -75,6 +82,9 @@ class Endpoint:
         self._handshakes: dict[QuicConnection, asyncio.TimerHandle] = {}
         self._turn: list[QuicConnection] = []
         self._turn_scheduled = False
+        #: Seconds that handshakes may cost now; see `_HANDSHAKE_SHARE`.
+        self._handshake_credit_s = _HANDSHAKE_BURST_S
+        self._credited_at = self._loop.time()
         #: Connections with something to send that can wait for company.
         self._unhurried: dict[QuicConnection, None] = {}
         self._unhurried_timer: asyncio.TimerHandle | None = None
@@ -165,6 +175,10 @@ class Endpoint:
 
     def _on_readable(self) -> None:
         now = self._loop.time()
+        self._handshake_credit_s = min(
+            _HANDSHAKE_BURST_S, self._handshake_credit_s + (now - self._credited_at) * _HANDSHAKE_SHARE
+        )
+        self._credited_at = now
         touched: dict[QuicConnection, None] = {}
         for _ in range(_BATCH_DATAGRAMS):
             try:
@@ -181,6 +195,7 @@ class Endpoint:
             self.stats.bytes_received += len(datagram)
             connection = self._route(datagram, address, now)
             if connection is not None:
+                began = 0.0 if connection.is_established else time.perf_counter()
                 try:
                     connection.receive_udp(datagram, address, now)
                 except Exception:
@@ -188,6 +203,8 @@ class Endpoint:
                     self._give_up(connection)
                     if self._gone.done():
                         return
+                if began and not connection.is_client:
+                    self._handshake_credit_s -= time.perf_counter() - began
                 touched[connection] = None
         for connection in touched:
             if connection not in self._connections:
@@ -244,7 +261,11 @@ class Endpoint:
             self._send(arrival.answer, address)
         if not arrival.opens:
             return None
-        if len(self._handshakes) >= HANDSHAKES_MAX or len(self._connections) >= CONNECTIONS_MAX:
+        if (
+            self._handshake_credit_s <= 0
+            or len(self._handshakes) >= HANDSHAKES_MAX
+            or len(self._connections) >= CONNECTIONS_MAX
+        ):
             self.stats.handshakes_refused += 1
             return None
         connection = QuicConnection(self._factory.server(arrival), self, address, is_client=False)
