@@ -105,7 +105,7 @@ def _unpack_ext(code: int, data: bytes) -> Any:
         dtype = numpy.dtype(dtype_name)
         if math.prod(shape) * dtype.itemsize != len(raw):
             raise FrameMalformed("array extension: dtype, shape and size do not agree")
-        if math.prod(size or 1 for size in shape) > BODY_BYTES_MAX:
+        if not raw and math.prod(size or 1 for size in shape) > BODY_BYTES_MAX:
             # No bytes at all, but a billion empty rows to whoever makes a list of it.
             raise FrameMalformed("array extension is empty in one dimension and vast in the others")
         array = numpy.frombuffer(raw, dtype=dtype).reshape(shape)

@@ -5,8 +5,8 @@ A setting that only one process cares about does not belong here but in that pro
 
 from typing import Final
 
-#: Largest frame payload in bytes. A coordination message is small; a body that is bigger belongs
-#: on a bulk stream. 1 MiB is also what NATS allows a message by default.
+#: Largest frame payload in bytes. A coordination message is small, and one that is not
+#: would hold up those behind it. 1 MiB is also what NATS allows a message by default.
 FRAME_BYTES_MAX: Final = 1 << 20
 
 #: Largest body (the msgpack of what a task is asked or answers) that travels inline in a frame, in
@@ -20,7 +20,7 @@ HELLO_BYTES_MAX: Final = 64 << 10
 #: Bytes of the length prefix: unsigned, big-endian.
 FRAME_PREFIX_BYTES: Final = 4
 
-#: Longest identifier (agent id, task, label key or value) in UTF-8 bytes: fits a DNS name,
+#: Longest identifier (agent id, task, label key) in characters, all of them ASCII: fits a DNS name,
 #: keeps Prometheus labels and log lines readable.
 NAME_BYTES_MAX: Final = 255
 
@@ -43,7 +43,7 @@ STREAM_WRITE_BYTES_HIGH: Final = 2 << 20
 #: A sleeping `Stream.send` goes on when the buffer has fallen to this.
 STREAM_WRITE_BYTES_LOW: Final = 1 << 20
 
-#: Streams a peer may have open at once, each direction (the seed asks for 1000+).
+#: Streams a peer may have open at once, each direction (a thousand modalities, calls or bulk bodies at a time are more than anyone has shown us).
 STREAMS_MAX: Final = 1024
 
 #: Received datagrams that wait to be read; the oldest is dropped (and counted) beyond this,

@@ -296,7 +296,8 @@ async def test_ask_reveal_and_status(operated: Operated) -> None:
     assert plain.code == 0
     assert plain.out.startswith(f"round {others[0]} was right\n  a  right  weight 0.")
     assert status.code == 0
-    header, *lines = status.out.splitlines()
+    header, columns, *lines = status.out.splitlines()
+    assert columns.startswith("agent\tstate\ttasks\t")
     assert header.startswith(f"{operated.fleet.url} · quorate/{__version__} · up ")
     assert "0 rounds open, 4 closed (4 complete)" in header
     assert [line.split("\t")[:3] for line in lines] == [[name, "connected", "classify"] for name in "abc"]
@@ -336,9 +337,14 @@ async def test_rounds_without_an_answer_exit_with_6_and_say_why(operated: Operat
     for ended in (nobody, expired, failed, failed_json, labels, unknown):
         assert ended.code == 6
     assert nobody.line == "quorate: no connected agent does the task 'paint' (no-agents)"
-    assert expired.out == ""
-    assert expired.line.endswith("expired: 0 of 2 replies needed had come at the deadline of 0.05 s")
-    assert failed.line.endswith("failed: quorum of 2 is out of reach: of 3 selected 2 failed")
+    assert expired.out == failed.out == ""
+    reason, *parts = expired.err.splitlines()
+    assert reason.endswith("expired: 0 of 2 replies needed had come at the deadline of 0.05 s")
+    assert parts == ["  a late", "  b late", "  c late"]
+    reason, *parts = failed.err.splitlines()
+    assert reason.endswith("failed: quorum of 2 is out of reach: of 3 selected 2 failed")
+    assert sorted(part[4:] for part in parts) == ["cancelled"] + ["failed: ValueError: no such class"] * 2
+    assert failed_json.line.endswith("failed: quorum of 2 is out of reach: of 3 selected 2 failed")
     results = json.loads(failed_json.out)["results"]
     assert {result["error"] for result in results} <= {"ValueError: no such class", ""}
     assert labels.line == "quorate: no connected agent with labels zone=nowhere does the task 'classify' (no-agents)"
@@ -433,11 +439,19 @@ async def test_feed_asks_reveals_and_reports(operated: Operated, tmp_path: Path)
     fed = await operated.run("feed", csv, "--task", "recall", "--target", "label")
     assert fed.code == 0
     header, memory, ensemble, summary = fed.out.splitlines()
-    assert header.split("\t") == ["agent", "accuracy", "weight", "replies", "latency_p50_ms", "latency_p99_ms"]
-    assert memory.split("\t")[:4] == ["memory", "1.0000", "1.000", "18"]
-    assert ensemble.split("\t")[:4] == ["ensemble", "0.9000", "1.000", "18"]
+    assert header.split("\t") == [
+        "agent",
+        "accuracy",
+        "weight",
+        "replies",
+        "missed",
+        "latency_p50_ms",
+        "latency_p99_ms",
+    ]
+    assert memory.split("\t")[:5] == ["memory", "1.0000", "1.000", "18", "2 (2 declined)"]
+    assert ensemble.split("\t")[:5] == ["ensemble", "0.9000", "1.000", "18", "2"]
     assert summary.startswith("20 rounds in ")
-    assert summary.endswith("without an answer: 2 failed")
+    assert "without an answer: 2 failed" in summary
     limited = await operated.run(
         "feed", csv, "--task", "recall", "--target", "label", "--limit", "3", "--json", "--quorum", "1"
     )

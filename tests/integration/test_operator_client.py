@@ -115,10 +115,10 @@ async def test_a_refusal_is_raised_with_its_reason(server, credentials):
 
 
 async def test_a_hello_that_nobody_answers_has_an_end(server, credentials):
-    task = connecting(server, credentials, timeout_s=0.3)
+    task = connecting(server, credentials, timeout_s=0.6)
     played = await play(server, None)
     async with asyncio.timeout(PATIENCE_S):
-        with pytest.raises(ConnectFailed, match=r"the hello was not answered within 0\.3 s"):
+        with pytest.raises(ConnectFailed, match=r"the hello was not answered within 0\.6 s"):
             await task
     await until(lambda: played.connection.is_closed)
 

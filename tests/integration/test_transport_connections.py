@@ -197,7 +197,7 @@ async def test_leaving_a_connections_block_closes_it(server, tls):
 
 
 async def test_a_silent_peer_is_given_up_after_the_idle_timeout(credentials, server, monkeypatch):
-    monkeypatch.setattr(aioquic_engine, "IDLE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(aioquic_engine, "IDLE_TIMEOUT_S", 0.5)
     link = await connected(server, url_of(server), credentials)
     waiting = asyncio.create_task(link.here.accept_uni_stream())
     link.here._driver._send = lambda datagram, address: None  # the network loses all that the client sends
@@ -210,12 +210,12 @@ async def test_a_silent_peer_is_given_up_after_the_idle_timeout(credentials, ser
 
 
 async def test_a_client_that_waits_for_an_answer_is_not_idle(credentials, monkeypatch):
-    monkeypatch.setattr(aioquic_engine, "IDLE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(aioquic_engine, "IDLE_TIMEOUT_S", 0.8)
     async with linked(credentials) as link:
         here, there = await pair(link)
         waiting = asyncio.create_task(here.receive())
         loop = asyncio.get_running_loop()
-        ends_at = loop.time() + 4 * aioquic_engine.IDLE_TIMEOUT_S
+        ends_at = loop.time() + 2.5 * aioquic_engine.IDLE_TIMEOUT_S
         await until(lambda: loop.time() > ends_at or link.here.is_closed or link.there.is_closed)
         assert link.there.close_error is None
         # It costs little: a few packets for each half of the timeout.

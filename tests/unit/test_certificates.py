@@ -214,13 +214,22 @@ def test_a_damaged_authority_is_not_replaced_behind_the_agents_backs(
     assert contents(state) == before
 
 
-@pytest.mark.parametrize("name", ["ca.pem", "ca-key.pem"])
-def test_half_an_authority_is_made_anew_and_signs_anew(state: Path, name: str) -> None:
+def test_without_its_certificate_an_authority_is_made_anew_and_signs_anew(state: Path) -> None:
     make(state)
     token = (state / "token").read_bytes()
-    (state / name).unlink()
+    (state / "ca.pem").unlink()
     assert is_sound(make(state))
     assert (state / "token").read_bytes() == token
+
+
+def test_an_authority_without_its_key_is_not_replaced_behind_the_agents_backs(state: Path) -> None:
+    make(state)
+    (state / "ca-key.pem").unlink()
+    before = contents(state)
+    with pytest.raises(ConfigurationError, match=r"state_dir: .*ca-key\.pem is missing") as caught:
+        make(state)
+    assert f"delete {state / 'ca.pem'} to make a new authority" in str(caught.value)
+    assert contents(state) == before
 
 
 # --- directories that cannot be used -------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, TypeVar
 
@@ -80,9 +80,11 @@ DEFAULT_COORDINATOR: Final = "quic://localhost:4433"
 STDIN: Final = "-"
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """Shows one line on standard error and exits."""
+def fail(message: str, code: int, *, details: Iterable[str] = ()) -> NoReturn:
+    """Shows one line on standard error, under it one for each detail, and exits."""
     typer.echo(f"quorate: {one_line(message)}", err=True)
+    for detail in details:
+        typer.echo(f"  {one_line(detail)}", err=True)
     raise typer.Exit(code)
 
 

@@ -80,13 +80,15 @@ def ask(
         with common.errors_shown():
             common.print_json(common.as_json(outcome.value))
     if outcome.state not in _ANSWERED:
+        # The table and the JSON object have told it already.
+        is_told = json_output or sys.stdout.isatty()
         missing = [
-            f"\n  {result.agent} {result.status}{': ' if result.error else ''}{common.one_line(result.error)}"
+            f"{result.agent} {result.status}{': ' if result.error else ''}{result.error}"
             for result in outcome.results
-            if result.status != "replied"
+            if result.status != "replied" and not is_told
         ]
         reason = f"round {outcome.round} {outcome.state}: {outcome.reason}"
-        common.fail(reason + ("" if sys.stdout.isatty() else "".join(missing)), common.EXIT_NO_ANSWER)
+        common.fail(reason, common.EXIT_NO_ANSWER, details=missing)
 
 
 def reveal(
