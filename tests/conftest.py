@@ -1,7 +1,23 @@
 """What all tests share."""
 
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
 from hypothesis import settings
 
 # No time limit for one example: the machine may be busy. A failure prints what reproduces it.
 settings.register_profile("quorate", deadline=None, print_blob=True)
 settings.load_profile("quorate")
+
+
+@pytest.fixture
+def logging_put_back() -> Iterator[None]:
+    """Undoes what a test does to logging, for all that come after it."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    root.handlers, root.level = handlers, level
+    logging.captureWarnings(False)
+    structlog.reset_defaults()

@@ -142,22 +142,18 @@ class Broken(io.StringIO):
         raise BrokenPipeError
 
 
+@pytest.mark.usefixtures("logging_put_back")
 def test_a_log_that_nobody_reads_stops_nothing() -> None:
-    try:
-        logs.configure("info", "json", stream=Broken())
-        structlog.get_logger().info("something", value=1)
-    finally:
-        logs.configure()
+    logs.configure("info", "json", stream=Broken())
+    structlog.get_logger().info("something", value=1)
 
 
+@pytest.mark.usefixtures("logging_put_back")
 @pytest.mark.parametrize("format", ["json", "console"])
 def test_text_from_elsewhere_neither_floods_nor_commands_the_log(format: str) -> None:
     stream = io.StringIO()
-    try:
-        logs.configure("info", format, stream=stream)
-        structlog.get_logger().info("agent left", reason="\x1b]0;x\x07\x1b[2J", problem="k" * 60_000)
-    finally:
-        logs.configure()
+    logs.configure("info", format, stream=stream)
+    structlog.get_logger().info("agent left", reason="\x1b]0;x\x07\x1b[2J", problem="k" * 60_000)
     written = stream.getvalue()
     assert len(written) < 3000
     assert written.strip().isprintable()
