@@ -11,7 +11,6 @@ import structlog
 from quorate_protocol import logs
 from quorate_protocol.errors import ConfigurationError
 
-
 pytestmark = pytest.mark.usefixtures("logging_put_back")
 
 
