@@ -43,7 +43,8 @@ STREAM_WRITE_BYTES_HIGH: Final = 2 << 20
 #: A sleeping `Stream.send` goes on when the buffer has fallen to this.
 STREAM_WRITE_BYTES_LOW: Final = 1 << 20
 
-#: Streams a peer may have open at once, each direction (a thousand modalities, calls or bulk bodies at a time are more than anyone has shown us).
+#: Streams a peer may have open at once, each direction: a thousand calls or modalities of one peer at
+#: a time are more than anyone has shown us.
 STREAMS_MAX: Final = 1024
 
 #: Received datagrams that wait to be read; the oldest is dropped (and counted) beyond this,
