@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Final
 
 from quorate_agent.worker import Ending, Worker
+from quorate_protocol.garbage import relax_collector
 
 #: What a shell reports of a process that SIGINT ended.
 _EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
@@ -22,6 +23,7 @@ def serve(worker: Worker) -> Ending:
     Raises:
         ConfigurationError: as `Worker.run`.
     """
+    relax_collector()
     return asyncio.run(_serve(worker))
 
 

@@ -11,6 +11,7 @@ import typer
 
 from quorate_coordinator.cli import common
 from quorate_protocol.errors import ConfigurationError
+from quorate_protocol.garbage import relax_collector
 
 bench = typer.Typer(
     help="Measure Quorate on this machine.",
@@ -52,6 +53,7 @@ def coordinator(
             from quorate_coordinator.daemon import run_daemon  # with the learner, which takes a second to import
 
             logs.configure(settings.log.level, settings.log.format)
+            relax_collector()
             code = asyncio.run(run_daemon(settings))
         except ConfigurationError as error:
             common.fail(f"{config}: {error}" if config is not None else str(error), common.EXIT_USAGE)

@@ -1,7 +1,7 @@
 """A QUIC connection of aioquic with our own sending side and flow control.
 
-All that reaches into aioquic's private names is here and in `aioquic_engine`. What differs from the
-stock connection, and why:
+All that reaches into aioquic's private names is here and in `aioquic_engine`; `pins` lists what they
+rely on. What differs from the stock connection, and why:
 
 - **Only streams with something to send are looked at.** The stock connection walks all streams for
   every packet, so that idle ones cost as much as busy ones. Here a stream is queued when it gets
@@ -20,8 +20,6 @@ stock connection, and why:
 - **Datagrams** that do not fit any more are dropped, instead of blocking all behind them for ever.
 """
 
-import hashlib
-import inspect
 from collections import deque
 from typing import Any, Final
 
@@ -54,37 +52,6 @@ _LIMIT_FRAME_CAPACITY: Final = 1 + 8 + 8
 #: Around one DATAGRAM frame in a 1-RTT packet, at the most: first byte and packet number 3, the
 #: peer's connection id 20 (it may change to a longer one at any time), frame header 3, tag 16.
 DATAGRAM_OVERHEAD_BYTES: Final = 42
-
-#: Methods of aioquic that are replaced here, or whose inner workings the replacements rely on, with
-#: the SHA-256 of their source in the pinned release: an upgrade that touches one fails a test.
-RELIED_ON: Final = {
-    "_get_or_create_stream": "aee09c84cd0da1143626d2c4a19efc004219ca996476cad0973316d9617ef2f3",
-    "_get_or_create_stream_for_send": "b68479a29862b421faa7443d42a9126dcea4317225d522c258792bf3d9bfc2a3",
-    "_handle_max_data_frame": "e5c49776cb2c9b0b8acb081affde8722ae4eada438225d35115c43c80dc459cf",
-    "_handle_max_stream_data_frame": "c94e4873026aaa6835adad6d443c8d5962e33c2192816f1c75f389813164f4ae",
-    "_handle_stop_sending_frame": "57b0b54a8467ecb5d63f922bb2100484a6a83f569273cb684a3b91c2ae1d2faf",
-    "_on_connection_limit_delivery": "ffc582d72ac9685a26b2d6bcd54e16a810ef59fcddbcdfc598de90a28eb1bdd1",
-    "_on_max_stream_data_delivery": "76e906ea95ee03fea7710173a27356c23fad3ffeff342880f9043b6fbb83af9a",
-    "_unblock_streams": "cfde0b0287e2a38d7b763257535b9b535eb3e294a6fd3c29b8d9bfa012dbea5d",
-    "_write_ack_frame": "dc0bde63adda7ae410b18806e21938cf8824377da3a6c5bc042edb8811fc92a0",
-    "_write_application": "c37bf64378f72b2f93f2f1b01f67bd8c5cb9c042ab908ca7fda80f2ae92cdc0b",
-    "_write_connection_limits": "02c42c5455ae1a31ba5838804b5639588e2f3700e6d714e859e0b87037ff0d39",
-    "_write_datagram_frame": "ec62fd6f1ce24a1023de80af2b0944df17409de75ff756a19d1b1cb23d744f62",
-    "_write_reset_stream_frame": "72c28abb1c9bb5e0fcb511a3cce236295f47ea1d4897f0bcd7811e162d9bded7",
-    "_write_stop_sending_frame": "057f50750f9f51baddc045c244ea384c963ca97a423a9248826c0282412bbd44",
-    "_write_stream_frame": "9bc0be962394a322216fedcf71a7da3e4941c01b64779e730e806a95d4935e00",
-    "_write_stream_limits": "398d4a898f7c580f93d42cdb39885641aa8939764da68aabd054beb761df07ce",
-    "datagrams_to_send": "f4eb22c8add260fe863a12c5ccc3b77887a1c93da3c7e0236722e2d5263560f5",
-    "get_timer": "07184a05f894e968501fe9d2ce7d2b71a35f870ba0aa7e6babd91be241c49b0b",
-}
-
-
-def relied_on_digests() -> dict[str, str]:
-    """SHA-256 of the source of each method in `RELIED_ON`, as installed."""
-    return {
-        name: hashlib.sha256(inspect.getsource(getattr(QuicConnection, name)).encode()).hexdigest()
-        for name in RELIED_ON
-    }
 
 
 class Connection(QuicConnection):
