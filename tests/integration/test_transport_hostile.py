@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import socket
 
 import pytest
 from aioquic._buffer import Buffer
@@ -392,3 +393,21 @@ async def test_losses_and_disorder_are_made_good_and_leave_nothing(credentials, 
         # What came and what was given back of the connection's window is the same.
         assert quic._consumed_total_bytes == quic._local_max_data.used
     await link.here.close()
+
+
+async def test_a_flood_of_newcomers_leaves_time_to_those_who_are_in(credentials, server, link, monkeypatch):
+    """Handshakes get a share of the time; the Initials beyond it are dropped before they cost anything."""
+    # However fast the machine is, six hundred are more than may be saved up.
+    monkeypatch.setattr(endpoint_module, "_HANDSHAKE_BURST_S", 0.05)
+    initials = [first_flight(credentials, server) for _ in range(600)]
+    stream = await pair(link)
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        for number, datagram in enumerate(initials):
+            sock.sendto(datagram, server.address)
+            if number % 50 == 0:
+                await ping_pong(*stream)
+    await until(lambda: server.stats.handshakes_refused > 0)
+    await ping_pong(*stream)
+    # Who goes on trying gets in.
+    newcomer = await connected(server, url_of(server), credentials, timeout_s=PATIENCE_S)
+    await newcomer.here.close()
