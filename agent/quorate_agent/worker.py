@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 #: Seconds for a handshake, all addresses of the name together.
 CONNECT_TIMEOUT_S: Final = 10.0
+#: Seconds that an attempt needs at the least.
+ATTEMPT_MIN_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,8 @@ class Worker:
         timeout_s = CONNECT_TIMEOUT_S
         if self._max_wait_s is not None:
             left_s = self._alone_since + self._max_wait_s - time.monotonic()
-            if left_s <= 0:
+            # A last attempt without the time to learn anything would hide what the earlier ones met with.
+            if left_s <= (ATTEMPT_MIN_S if self._reconnect_reason else 0.0):
                 problem = f"no coordinator at {self._url} within {self._max_wait_s:g} s"
                 why = f": {self._reconnect_reason}" if self._reconnect_reason else ""
                 self._apply(ev.ConnectGivenUp(problem + why))

@@ -294,7 +294,7 @@ async def test_ask_reveal_and_status(operated: Operated) -> None:
     assert (revealed.code, result["round"], result["correct"]) == (0, outcome["round"], False)
     assert result["right"] == {"a": False, "b": False, "c": True}
     assert plain.code == 0
-    assert plain.out.startswith(f"round {others[0]} was right\n  a  right  weight 0.")
+    assert plain.out.startswith(f"round {others[0]} was right\n  a  right  weight ")
     assert status.code == 0
     header, columns, *lines = status.out.splitlines()
     assert columns.startswith("agent\tstate\ttasks\t")
