@@ -51,6 +51,13 @@ STREAMS_MAX: Final = 1024
 #: because a pulse or event that nobody read in time is stale.
 DATAGRAM_QUEUE_MAX: Final = 256
 
+#: Largest UDP payload that path MTU discovery may come to, in bytes: what loopback (65,536) and jumbo
+#: links (9,000) allow for, up to where a stream frame's length still fits two bytes (RFC 9000, 16).
+UDP_PAYLOAD_BYTES_MAX: Final = 16_383
+
+#: Smallest that every QUIC path carries (RFC 9000, 14), and what a connection begins with.
+UDP_PAYLOAD_BYTES_MIN: Final = 1200
+
 #: Connections that have not finished their handshake, in all: what a flood of Initials may cost.
 HANDSHAKES_MAX: Final = 1024
 

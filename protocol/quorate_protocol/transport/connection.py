@@ -344,6 +344,9 @@ class QuicConnection(Connection):
             stream.on_send_failed(StoppedByPeer(code))
             self.forget_if_done(stream)
 
+    def stream_acknowledged(self, stream_id: int) -> None:
+        pass
+
     def streams_available(self) -> None:
         self._wake()
 

@@ -302,7 +302,7 @@ class Endpoint:
         engine = connection.engine
         stats = connection.stats
         try:
-            for datagram, address in engine.datagrams_to_send(now):
+            for datagram, address in engine.datagrams_to_send(now, 64):
                 stats.udp_datagrams_sent += 1
                 stats.bytes_sent += len(datagram)
                 self._send(datagram, address)

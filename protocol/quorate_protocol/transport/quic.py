@@ -6,6 +6,7 @@ from collections import deque
 from typing import Final
 
 from quorate_protocol.errors import Code, ConfigurationError, ConnectFailed, ConnectionClosed, ServerClosed
+from quorate_protocol.limits import UDP_PAYLOAD_BYTES_MAX
 from quorate_protocol.transport.address import (
     LinkUrl,
     format_address,
@@ -29,7 +30,12 @@ _ALERTS_CERTIFICATE: Final = frozenset(_ALERT_FIRST + alert for alert in (42, 43
 
 
 async def connect(
-    url: str, *, tls: ClientTls | None = None, timeout_s: float = 10.0, protocols: tuple[str, ...] = (ALPN,)
+    url: str,
+    *,
+    tls: ClientTls | None = None,
+    timeout_s: float = 10.0,
+    protocols: tuple[str, ...] = (ALPN,),
+    udp_payload_bytes_max: int = UDP_PAYLOAD_BYTES_MAX,
 ) -> Connection:
     """Opens a link to a coordinator; returns when the handshake is complete.
 
@@ -38,12 +44,14 @@ async def connect(
         tls: whom to trust; None trusts the system's authorities.
         timeout_s: seconds for all of it; with several addresses, an equal share of what is left for each.
         protocols: application protocols to offer, best first.
+        udp_payload_bytes_max: where path MTU discovery (RFC 8899) stops, from 1200 (none) to 16,383.
 
     Raises:
         ConfigurationError: `url` is not an address, or the authorities' file cannot be read.
         ConnectFailed: nobody there, not trusted, or another protocol.
     """
     parsed = parse_url(url)
+    factory = AioquicFactory(udp_payload_bytes_max)
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + timeout_s
     silence = (
@@ -63,7 +71,7 @@ async def connect(
         share_s = (ends_at - loop.time()) / (len(found) - tried)
         try:
             async with asyncio.timeout(share_s):
-                return await _connect_to(parsed, family, address, tls or ClientTls(), list(protocols))
+                return await _connect_to(parsed, family, address, factory, tls or ClientTls(), list(protocols))
         except ConnectFailed as error:
             problems.setdefault(error.problem, format_address(address))
         except TimeoutError:
@@ -74,9 +82,13 @@ async def connect(
 
 
 async def _connect_to(
-    url: LinkUrl, family: int, address: tuple[object, ...], tls: ClientTls, protocols: list[str]
+    url: LinkUrl,
+    family: int,
+    address: tuple[object, ...],
+    factory: AioquicFactory,
+    tls: ClientTls,
+    protocols: list[str],
 ) -> Connection:
-    factory = AioquicFactory()
     engine = factory.client(tls, url.host, protocols)
     try:
         endpoint = Endpoint(bind_udp(family, None), factory)
@@ -178,7 +190,12 @@ class QuicServer(Server):
 
 
 async def listen(
-    address: str, *, tls: ServerTls, protocols: tuple[str, ...] = (ALPN,), backlog: int = 1024
+    address: str,
+    *,
+    tls: ServerTls,
+    protocols: tuple[str, ...] = (ALPN,),
+    backlog: int = 1024,
+    udp_payload_bytes_max: int = UDP_PAYLOAD_BYTES_MAX,
 ) -> QuicServer:
     """Listens for links.
 
@@ -187,13 +204,14 @@ async def listen(
         tls: certificate and key to show.
         protocols: application protocols to accept, best first.
         backlog: connections that may wait to be accepted; more are turned away as busy.
+        udp_payload_bytes_max: where path MTU discovery (RFC 8899) stops, from 1200 (none) to 16,383.
 
     Raises:
         ConfigurationError: not an address, the address is taken or not ours, certificate or key
             cannot be read.
     """
     host, port = parse_listen_address(address)
-    factory = AioquicFactory()
+    factory = AioquicFactory(udp_payload_bytes_max)
     factory.set_server(tls, list(protocols))
     loop = asyncio.get_running_loop()
     try:

@@ -22,6 +22,9 @@ from quorate_protocol.errors import ConfigurationError, ConnectionClosed
 from quorate_protocol.limits import (
     CONNECTION_WINDOW_BYTES,
     STREAM_WINDOW_BYTES,
+    STREAM_WRITE_BYTES_HIGH,
+    UDP_PAYLOAD_BYTES_MAX,
+    UDP_PAYLOAD_BYTES_MIN,
 )
 from quorate_protocol.transport.api import ClientTls, Priority, ServerTls
 from quorate_protocol.transport.engine.port import Address, Arrival, Sink
@@ -72,13 +75,16 @@ class AioquicEngine:
         keepalive_at = self._quic.keepalive_at
         return at if at is None or keepalive_at is None else min(at, keepalive_at)
 
-    def datagrams_to_send(self, now: float) -> list[tuple[bytes, Address]]:
+    def datagrams_to_send(self, now: float, count_max: int) -> list[tuple[bytes, Address]]:
         quic = self._quic
         if not quic._network_paths:
             return []
         if not quic.has_something_to_send(now):
             return []
         return quic.datagrams_to_send(now)
+
+    def datagram_refused(self, datagram_bytes: int, now: float) -> None:
+        pass
 
     def report(self, sink: Sink) -> None:
         quic = self._quic
@@ -152,6 +158,18 @@ class AioquicEngine:
             return 0
         return stream.sender._buffer_stop - stream.sender._buffer_start
 
+    @property
+    def unacknowledged_total_bytes(self) -> int:
+        return sum(self.unacknowledged_bytes(stream_id) for stream_id in self._quic._streams)
+
+    @property
+    def write_bytes_high(self) -> int:
+        return STREAM_WRITE_BYTES_HIGH
+
+    @property
+    def udp_payload_bytes(self) -> int:
+        return self._quic._max_datagram_size
+
     def reset(self, stream_id: int, code: int) -> None:
         self._quic.reset(stream_id, code)
 
@@ -194,7 +212,13 @@ class AioquicFactory:
 
     connection_id_bytes = 8
 
-    def __init__(self) -> None:
+    def __init__(self, udp_payload_bytes_max: int = UDP_PAYLOAD_BYTES_MAX) -> None:
+        if not UDP_PAYLOAD_BYTES_MIN <= udp_payload_bytes_max <= UDP_PAYLOAD_BYTES_MAX:
+            raise ConfigurationError(
+                "udp_payload_bytes_max",
+                f"must be from {UDP_PAYLOAD_BYTES_MIN} to {UDP_PAYLOAD_BYTES_MAX}, is {udp_payload_bytes_max}",
+            )
+        self._udp_payload_bytes_max = udp_payload_bytes_max
         self._server_configuration: QuicConfiguration | None = None
         # aioquic logs each closed or odd connection by itself; ours are told to their owners.
         logging.getLogger("quic").setLevel(logging.CRITICAL)

@@ -33,6 +33,9 @@ class Sink(Protocol):
     def stream_stopped(self, stream_id: int, code: int) -> None:
         """The peer gave up reading from a stream."""
 
+    def stream_acknowledged(self, stream_id: int) -> None:
+        """The peer's transport has acknowledged bytes of a stream: `unacknowledged_bytes` is less than before."""
+
     def streams_available(self) -> None:
         """The peer allows more streams than before."""
 
@@ -67,8 +70,14 @@ class Engine(Protocol):
     def timer(self) -> float | None:
         """When `handle_timer` wants to be called; None for never."""
 
-    def datagrams_to_send(self, now: float) -> list[tuple[bytes, Address]]:
-        """The UDP datagrams that may leave now."""
+    def datagrams_to_send(self, now: float, count_max: int) -> list[tuple[bytes, Address]]:
+        """The UDP datagrams that may leave now, about `count_max` of them at the most.
+
+        As many as that, or more, mean that there may be others: the driver asks again in its next turn.
+        """
+
+    def datagram_refused(self, datagram_bytes: int, now: float) -> None:
+        """The network would not take a datagram of this size (EMSGSIZE): the path's packets are smaller."""
 
     def report(self, sink: Sink) -> None:
         """Tells everything that happened since the last call."""
@@ -102,6 +111,18 @@ class Engine(Protocol):
 
     def unacknowledged_bytes(self, stream_id: int) -> int:
         """Bytes of a stream that were written and not acknowledged."""
+
+    @property
+    def unacknowledged_total_bytes(self) -> int:
+        """The same of all the connection's streams together."""
+
+    @property
+    def write_bytes_high(self) -> int:
+        """Unacknowledged bytes of a stream at which its writer should sleep: enough to keep the path full."""
+
+    @property
+    def udp_payload_bytes(self) -> int:
+        """Largest UDP payload that is sent now, as discovered (RFC 8899)."""
 
     def reset(self, stream_id: int, code: int) -> None:
         """Gives up sending on a stream."""
