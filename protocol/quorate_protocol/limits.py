@@ -31,17 +31,22 @@ LABELS_MAX: Final = 64
 #: Longest human-readable reason or error text that a peer may send, in characters.
 TEXT_CHARS_MAX: Final = 4096
 
-#: Unread bytes that one stream may hold at the receiver: its flow-control window (RFC 9000, 4.1).
+#: Unread bytes that one stream may hold at the receiver: its flow-control window (RFC 9000, 4.1), as it
+#: begins and as long as its reader is not faster than the path.
 STREAM_WINDOW_BYTES: Final = 1 << 20
+#: What it may grow to for a fast reader: 100 ms at 160 MB/s.
+STREAM_WINDOW_BYTES_MAX: Final = 16 << 20
 
-#: Unread bytes of all the streams of one connection together.
+#: Unread bytes of all the streams of one connection together, likewise.
 CONNECTION_WINDOW_BYTES: Final = 8 << 20
+CONNECTION_WINDOW_BYTES_MAX: Final = 24 << 20
 
 #: `Stream.send` returns while less than this waits for acknowledgement, and sleeps above it.
-#: It must exceed the bandwidth-delay product of the paths we serve or it becomes the bottleneck.
+#: Where the path takes more, so does the buffer: it grows with the congestion window.
 STREAM_WRITE_BYTES_HIGH: Final = 2 << 20
-#: A sleeping `Stream.send` goes on when the buffer has fallen to this.
-STREAM_WRITE_BYTES_LOW: Final = 1 << 20
+#: Bytes of all the streams of one connection that wait for acknowledgement: over it every `send` sleeps.
+CONNECTION_WRITE_BYTES_HIGH: Final = 24 << 20
+# A sleeping `send` goes on when what it sleeps over is half empty.
 
 #: Streams a peer may have open at once, each direction: a thousand calls or modalities of one peer at
 #: a time are more than anyone has shown us.

@@ -27,7 +27,6 @@ from quorate_protocol.limits import (
     FRAME_PREFIX_BYTES,
     STREAM_WINDOW_BYTES,
     STREAM_WRITE_BYTES_HIGH,
-    STREAM_WRITE_BYTES_LOW,
     STREAMS_MAX,
 )
 
@@ -136,7 +135,7 @@ async def test_streams_that_end_early_give_their_window_back(link, how):
                 await read_all(there)
     await ping_pong(*await pair(link))
     quic = link.there.engine._quic
-    assert quic._consumed_total_bytes == quic._local_max_data.used
+    assert quic._window.consumed_bytes == quic._local_max_data.used
 
 
 async def test_bytes_lost_before_a_reset_are_not_lost_to_the_connections_window(link):
@@ -153,7 +152,7 @@ async def test_bytes_lost_before_a_reset_are_not_lost_to_the_connections_window(
             await read_all(there)
     quic = link.there.engine._quic
     assert quic._local_max_data.used > 10_000
-    assert quic._consumed_total_bytes == quic._local_max_data.used
+    assert quic._window.consumed_bytes == quic._local_max_data.used
 
 
 async def test_single_bytes_do_not_swell_in_the_receivers_memory(link):
@@ -178,13 +177,13 @@ async def test_send_sleeps_over_the_watermark_and_wakes_on_acknowledgements(link
     # What fills the window there is acknowledged, read or not; one byte is missing to the lower mark.
     await until(lambda: here.unsent_bytes == STREAM_WRITE_BYTES_HIGH - FULL_BYTES)
     await ping_pong(*await pair(link), times=10)
-    assert here.unsent_bytes == STREAM_WRITE_BYTES_LOW + 1
+    assert here.unsent_bytes == STREAM_WRITE_BYTES_HIGH // 2 + 1
     assert not sending.done()
     async with asyncio.timeout(PATIENCE_S):
         while not sending.done():
             await there.receive()
         await sending
-    assert here.unsent_bytes <= STREAM_WRITE_BYTES_LOW
+    assert here.unsent_bytes <= STREAM_WRITE_BYTES_HIGH // 2
 
 
 async def test_two_tasks_sending_at_once_is_an_error_before_anything_was_sent(link):

@@ -60,7 +60,7 @@ def first_flight(credentials, server, server_id: bytes | None = None) -> bytes:
     if server_id is not None:
         engine._quic._peer_cid.cid = engine._quic._original_destination_connection_id = server_id
     engine.connect(server.address, 0.0)
-    ((datagram, _),) = engine.datagrams_to_send(0.0)
+    ((datagram, _),) = engine.datagrams_to_send(0.0, 64)
     return datagram
 
 
@@ -391,7 +391,7 @@ async def test_losses_and_disorder_are_made_good_and_leave_nothing(credentials, 
         await until(lambda: not quic._streams)  # noqa: B023  awaited here
         assert end.stats.streams_open == 0
         # What came and what was given back of the connection's window is the same.
-        assert quic._consumed_total_bytes == quic._local_max_data.used
+        assert quic._window.consumed_bytes == quic._local_max_data.used
     await link.here.close()
 
 

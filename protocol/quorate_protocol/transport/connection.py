@@ -17,7 +17,7 @@ from quorate_protocol.errors import (
     ResetByPeer,
     StoppedByPeer,
 )
-from quorate_protocol.limits import DATAGRAM_QUEUE_MAX
+from quorate_protocol.limits import CONNECTION_WRITE_BYTES_HIGH, DATAGRAM_QUEUE_MAX
 from quorate_protocol.transport.address import format_address
 from quorate_protocol.transport.api import (
     BiStream,
@@ -131,7 +131,9 @@ class QuicConnection(Connection):
         #: Tasks that wait for an incoming stream, for the peer's stream limit, or for the handshake.
         self._waiters: set[asyncio.Future[None]] = set()
         #: Streams with tasks that wait for acknowledgements.
-        self._writers: set[QuicSendStream] = set()
+        self._writers: dict[int, QuicSendStream] = {}
+        #: Those of them that wait until the connection's buffer is half empty.
+        self._cap_writers: dict[int, QuicSendStream] = {}
         #: Streams that are over for us and not yet for the peer, as long as somebody holds them: whoever
         #: flushes one has to hear that it was stopped, or that the connection has ended.
         self._ended: weakref.WeakValueDictionary[int, QuicSendStream] = weakref.WeakValueDictionary()
@@ -266,11 +268,26 @@ class QuicConnection(Connection):
     def count_dropped(self) -> None:
         self.stats.datagrams_dropped = self.datagrams.unread_dropped + self.engine.datagrams_dropped
 
-    def watch_writes(self, stream: QuicSendStream) -> None:
-        self._writers.add(stream)
+    def watch_writes(self, stream: QuicSendStream, *, of_connection: bool) -> None:
+        self._writers[stream.id] = stream
+        if of_connection:
+            self._cap_writers[stream.id] = stream
 
     def unwatch_writes(self, stream: QuicSendStream) -> None:
-        self._writers.discard(stream)
+        self._writers.pop(stream.id, None)
+        self._cap_writers.pop(stream.id, None)
+
+    def is_write_full(self, stream_id: int) -> bool:
+        """Whether a writer of this stream should sleep: its own buffer or the connection's is full."""
+        engine = self.engine
+        return (
+            engine.unacknowledged_bytes(stream_id) >= engine.write_bytes_high
+            or engine.unacknowledged_total_bytes >= CONNECTION_WRITE_BYTES_HIGH
+        )
+
+    def is_over_write_low(self) -> bool:
+        """Whether the connection's buffer is more than half full."""
+        return self.engine.unacknowledged_total_bytes > CONNECTION_WRITE_BYTES_HIGH // 2
 
     def forget_if_done(self, stream: QuicSendStream | QuicReceiveStream) -> None:
         """Drops the stream from the books once both of its halves are over."""
@@ -305,8 +322,9 @@ class QuicConnection(Connection):
         """Passes on what the engine reports and wakes senders whose bytes were acknowledged."""
         self.engine.report(self)
         self.stats.rtt_s = self.engine.rtt_s
-        for stream in self._writers:
-            stream.on_acknowledged()
+        if self._cap_writers and not self.is_over_write_low():
+            for stream in list(self._cap_writers.values()):
+                stream.on_acknowledged()
 
     def after_output(self) -> None:
         """Passes on what a send pass made the engine report: new connection ids, mostly."""
@@ -345,7 +363,8 @@ class QuicConnection(Connection):
             self.forget_if_done(stream)
 
     def stream_acknowledged(self, stream_id: int) -> None:
-        pass
+        if (stream := self._writers.get(stream_id)) is not None:
+            stream.on_acknowledged()
 
     def streams_available(self) -> None:
         self._wake()
@@ -370,6 +389,7 @@ class QuicConnection(Connection):
             self._fail(stream, error)
         self._streams.clear()
         self._writers.clear()
+        self._cap_writers.clear()
         self.stats.streams_open = 0
         self.datagrams.wake()
         self._wake()

@@ -8,8 +8,6 @@ from quorate_protocol.errors import QuorateError, StoppedByPeer
 from quorate_protocol.limits import (
     FRAME_BYTES_MAX,
     FRAME_PREFIX_BYTES,
-    STREAM_WRITE_BYTES_HIGH,
-    STREAM_WRITE_BYTES_LOW,
 )
 from quorate_protocol.transport.api import BiStream, Priority, ReceiveStream, SendStream
 
@@ -49,8 +47,9 @@ class QuicSendStream(SendStream):
         self._sending = False
         #: A sleeping `send` has handed over a part of its bytes: nothing else may come between.
         self._sending_midway = False
-        #: Tasks that wait for acknowledgements, and the unacknowledged bytes at which each goes on.
-        self._send_waiters: dict[asyncio.Future[None], int] = {}
+        #: Tasks that wait for acknowledgements: the unacknowledged bytes at which each goes on, and whether it waits
+        #: for the connection's other streams, too.
+        self._send_waiters: dict[asyncio.Future[None], tuple[int, bool]] = {}
 
     @property
     def priority(self) -> Priority:
@@ -71,8 +70,8 @@ class QuicSendStream(SendStream):
         try:
             view = memoryview(data)
             while True:
-                while self.unsent_bytes >= STREAM_WRITE_BYTES_HIGH:
-                    await self._wait_below(STREAM_WRITE_BYTES_LOW)
+                while self._connection.is_write_full(self.id):
+                    await self._wait_for_room()
                     self._check_can_send()
                 self._connection.write(self.id, bytes(view[:_SLICE_BYTES]))
                 view = view[_SLICE_BYTES:]
@@ -80,8 +79,8 @@ class QuicSendStream(SendStream):
                     break
                 self._sending_midway = True
             self._sending_midway = False
-            if self.unsent_bytes >= STREAM_WRITE_BYTES_HIGH:
-                await self._wait_below(STREAM_WRITE_BYTES_LOW)
+            if self._connection.is_write_full(self.id):
+                await self._wait_for_room()
                 if self._send_error is not None:
                     raise self._send_error.with_traceback(None)
         finally:
@@ -133,10 +132,14 @@ class QuicSendStream(SendStream):
             raise RuntimeError(f"stream {self.id} was finished or reset: nothing can be sent on it any more")
         self._connection.check_open()
 
-    async def _wait_below(self, low_bytes: int) -> None:
+    async def _wait_for_room(self) -> None:
+        """Sleeps until the stream's own buffer and that of the connection are half empty."""
+        await self._wait_below(self._connection.engine.write_bytes_high // 2, of_connection=True)
+
+    async def _wait_below(self, low_bytes: int, *, of_connection: bool = False) -> None:
         waiter = asyncio.get_running_loop().create_future()
-        self._send_waiters[waiter] = low_bytes
-        self._connection.watch_writes(self)
+        self._send_waiters[waiter] = (low_bytes, of_connection)
+        self._connection.watch_writes(self, of_connection=of_connection)
         try:
             await waiter
         finally:
@@ -148,8 +151,9 @@ class QuicSendStream(SendStream):
 
     def on_acknowledged(self) -> None:
         unsent_bytes = self.unsent_bytes if self._send_error is None else 0
-        for waiter, low_bytes in self._send_waiters.items():
-            if unsent_bytes <= low_bytes and not waiter.done():
+        has_room = self.send_is_over or not self._connection.is_over_write_low()
+        for waiter, (low_bytes, of_connection) in self._send_waiters.items():
+            if unsent_bytes <= low_bytes and (has_room or not of_connection) and not waiter.done():
                 waiter.set_result(None)
 
     def on_send_failed(self, error: QuorateError) -> None:
@@ -188,11 +192,24 @@ class QuicReceiveStream(ReceiveStream):
                 await self._receive_waiter
             finally:
                 self._receive_waiter = None
-        chunk = self._unread.popleft()
-        if len(chunk) > max_bytes:
-            self._unread.appendleft(chunk[max_bytes:])
-            chunk = chunk[:max_bytes]
+        chunk = self._take(max_bytes)
         self._connection.consumed(self.id, len(chunk))
+        return chunk
+
+    def _take(self, max_bytes: int) -> bytes:
+        """What is unread, up to so many bytes. Packets are small beside what a reader asks for."""
+        unread = self._unread
+        chunk = unread.popleft()
+        if len(chunk) < max_bytes and unread:
+            parts = [chunk]
+            room = max_bytes - len(chunk)
+            while unread and len(unread[0]) <= room:
+                room -= len(unread[0])
+                parts.append(unread.popleft())
+            return b"".join(parts)
+        if len(chunk) > max_bytes:
+            unread.appendleft(chunk[max_bytes:])
+            chunk = chunk[:max_bytes]
         return chunk
 
     def stop(self, code: int) -> None:

@@ -28,7 +28,9 @@ from quorate_protocol.limits import (
 )
 from quorate_protocol.transport.api import ClientTls, Priority, ServerTls
 from quorate_protocol.transport.engine.port import Address, Arrival, Sink
-from quorate_protocol.transport.engine.quic_connection import DATAGRAM_OVERHEAD_BYTES, Connection
+from quorate_protocol.transport.engine.quic_connection import Connection
+from quorate_protocol.transport.engine.receiving import CONNECTION_ID_BYTES
+from quorate_protocol.transport.engine.sending import DATAGRAM_OVERHEAD_BYTES
 
 #: Idle timeout in seconds (RFC 9000, 10.1). Sessions have leases of their own, shorter than this.
 IDLE_TIMEOUT_S: Final = 30.0
@@ -77,18 +79,18 @@ class AioquicEngine:
 
     def datagrams_to_send(self, now: float, count_max: int) -> list[tuple[bytes, Address]]:
         quic = self._quic
-        if not quic._network_paths:
+        if not quic._network_paths or not quic.has_something_to_send(now):
             return []
-        if not quic.has_something_to_send(now):
-            return []
-        return quic.datagrams_to_send(now)
+        return quic.datagrams_to_send(now, count_max)
 
     def datagram_refused(self, datagram_bytes: int, now: float) -> None:
-        pass
+        self._quic.datagram_refused(datagram_bytes, now)
 
     def report(self, sink: Sink) -> None:
         quic = self._quic
-        while (event := quic.next_event()) is not None:
+        waiting = quic._events
+        while waiting:
+            event = waiting.popleft()
             if isinstance(event, events.StreamDataReceived):
                 if event.end_stream:
                     quic.note_end(event.stream_id)
@@ -106,6 +108,10 @@ class AioquicEngine:
                 sink.connection_id_issued(event.connection_id)
             elif isinstance(event, events.ConnectionIdRetired):
                 sink.connection_id_retired(event.connection_id)
+        if quic.acknowledged_streams:
+            acknowledged, quic.acknowledged_streams = quic.acknowledged_streams, set()
+            for stream_id in acknowledged:
+                sink.stream_acknowledged(stream_id)
         if quic.streams_were_unblocked:
             quic.streams_were_unblocked = False
             sink.streams_available()
@@ -154,21 +160,23 @@ class AioquicEngine:
 
     def unacknowledged_bytes(self, stream_id: int) -> int:
         stream = self._quic._streams.get(stream_id)
-        if stream is None or stream.sender._reset_error_code is not None:
+        if stream is None:
             return 0
-        return stream.sender._buffer_stop - stream.sender._buffer_start
+        sender = stream.sender
+        return sender._buffer_stop - sender._buffer_start
 
     @property
     def unacknowledged_total_bytes(self) -> int:
-        return sum(self.unacknowledged_bytes(stream_id) for stream_id in self._quic._streams)
+        return self._quic.account.held_bytes
 
     @property
     def write_bytes_high(self) -> int:
-        return STREAM_WRITE_BYTES_HIGH
+        window = self._quic._loss._cc.congestion_window
+        return max(STREAM_WRITE_BYTES_HIGH, window + window // 2)
 
     @property
     def udp_payload_bytes(self) -> int:
-        return self._quic._max_datagram_size
+        return self._quic.mtu.size_bytes
 
     def reset(self, stream_id: int, code: int) -> None:
         self._quic.reset(stream_id, code)
@@ -210,7 +218,7 @@ class AioquicEngine:
 class AioquicFactory:
     """Implements `EngineFactory`."""
 
-    connection_id_bytes = 8
+    connection_id_bytes = CONNECTION_ID_BYTES
 
     def __init__(self, udp_payload_bytes_max: int = UDP_PAYLOAD_BYTES_MAX) -> None:
         if not UDP_PAYLOAD_BYTES_MIN <= udp_payload_bytes_max <= UDP_PAYLOAD_BYTES_MAX:
@@ -238,7 +246,7 @@ class AioquicFactory:
             # Written anew, because aioquic's own reader takes neither blank lines nor carriage returns.
             pem = b"".join(authority.public_bytes(Encoding.PEM) for authority in authorities)
             configuration.load_verify_locations(cadata=pem)
-        return AioquicEngine(Connection(configuration=configuration))
+        return AioquicEngine(Connection(configuration=configuration, udp_payload_bytes_max=self._udp_payload_bytes_max))
 
     def set_server(self, tls: ServerTls, protocols: list[str]) -> None:
         configuration = self._configuration(is_client=False, protocols=protocols)
@@ -266,6 +274,7 @@ class AioquicFactory:
             Connection(
                 configuration=self._server_configuration,
                 original_destination_connection_id=arrival.destination_id,
+                udp_payload_bytes_max=self._udp_payload_bytes_max,
             )
         )
 

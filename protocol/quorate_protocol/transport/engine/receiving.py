@@ -1,0 +1,251 @@
+"""The receiving side of a connection: a short way for what nearly all packets are.
+
+In a connection whose handshake is confirmed, nearly every packet is a short header packet for the
+current connection id, from the current address, under the current keys, and holds STREAM, ACK and
+DATAGRAM frames. Those are handled here with what RFC 9000 and 9001 ask for and nothing else; every
+other packet and frame goes the way of aioquic, from its start.
+"""
+
+from typing import Any, Final
+
+from aioquic._buffer import Buffer, BufferReadError
+from aioquic._crypto import CryptoError
+from aioquic.quic import events
+from aioquic.quic.connection import (
+    END_STATES,
+    QuicConnection,
+    QuicConnectionError,
+    QuicConnectionState,
+    QuicNetworkPath,
+    QuicReceiveContext,
+)
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType, decode_packet_number
+from aioquic.quic.recovery import MAX_ACK_RANGES
+from aioquic.quic.stream import StreamFinishedError
+from aioquic.tls import Epoch
+
+from quorate_protocol.transport.engine.recovery import Recovery
+
+#: Length of the connection ids that we issue.
+CONNECTION_ID_BYTES: Final = 8
+
+#: Where a short header's packet number begins (RFC 9000, 17.3.1), and the sample for header protection (RFC
+#: 9001, 5.4.2).
+_NUMBER_AT: Final = 1 + CONNECTION_ID_BYTES
+_SAMPLE_AT: Final = _NUMBER_AT + 4
+_SHORT_PACKET_BYTES_MIN: Final = _SAMPLE_AT + 16
+
+
+class ReceivingConnection(QuicConnection):
+    """See the module."""
+
+    _loss: Recovery
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        #: When the last datagram came or left.
+        self.clock = 0.0
+        #: Whether the handshake is confirmed and there is one path, which is validated.
+        self._is_steady = False
+        self._context: QuicReceiveContext | None = None
+        #: 1-RTT: the packet number space and its keys.
+        self._space: Any = None
+        self._crypto: Any = None
+
+    def _initialize(self, peer_cid: bytes) -> None:
+        super()._initialize(peer_cid)
+        self._space = self._spaces[Epoch.ONE_RTT]
+        self._crypto = self._cryptos[Epoch.ONE_RTT]
+
+    def receive_datagram(self, data: bytes, addr: Any, now: float) -> None:
+        """Takes in one UDP datagram."""
+        self.clock = now
+        if self._is_steady and not data[0] & 0x80 and self._receive_short(data, addr, now):
+            return
+        path = self._network_paths[0] if self._network_paths else None
+        super().receive_datagram(data, addr, now)
+        paths = self._network_paths
+        if path is not None and paths[0] is not path:
+            self._path_changed(path, paths[0])
+        self._is_steady = (
+            self._handshake_confirmed
+            and len(paths) == 1
+            and paths[0].is_validated
+            and self._state is QuicConnectionState.CONNECTED
+            and self._quic_logger is None
+        )
+        if self._is_steady:
+            self._context = QuicReceiveContext(
+                epoch=Epoch.ONE_RTT,
+                host_cid=self.host_cid,
+                network_path=paths[0],
+                quic_logger_frames=None,
+                time=now,
+                version=None,
+            )
+
+    def _path_changed(self, old: QuicNetworkPath, new: QuicNetworkPath) -> None:
+        """The peer has moved to another address."""
+
+    def _receive_short(self, data: bytes, addr: Any, now: float) -> bool:
+        """Takes in a short header packet; False, and nothing has changed, when it is not of the usual kind."""
+        context = self._context
+        assert context is not None
+        if (
+            data[1:_NUMBER_AT] != self.host_cid
+            or addr != context.network_path.addr
+            or len(data) < _SHORT_PACKET_BYTES_MIN
+            or self._state is not QuicConnectionState.CONNECTED
+            or self._close_pending
+        ):
+            return False
+        keys = self._crypto.recv
+        mask = keys.hp._mask(data[_SAMPLE_AT:_SHORT_PACKET_BYTES_MIN])
+        first = data[0] ^ mask[0] & 0x1F
+        # Another key phase is a key update; reserved bits are an error (RFC 9000, 17.3.1).
+        if (first >> 2 & 1) != keys.key_phase or first & 0x18:
+            return False
+        number_bytes = (first & 3) + 1
+        payload_at = _NUMBER_AT + number_bytes
+        truncated = int.from_bytes(data[_NUMBER_AT:payload_at], "big") ^ int.from_bytes(
+            mask[1 : 1 + number_bytes], "big"
+        )
+        space = self._space
+        number = decode_packet_number(truncated, number_bytes * 8, space.expected_packet_number)
+        aead = keys.aead
+        try:
+            plain = aead.decrypt(
+                data[payload_at:],
+                b"%c%b%b" % (first, self.host_cid, truncated.to_bytes(number_bytes, "big")),
+                number,
+            )
+        except CryptoError:
+            return True
+        # RFC 9000, 12.3: duplicates are dropped.
+        if number in space.received_packets:
+            return True
+        if number >= space.expected_packet_number:
+            space.expected_packet_number = number + 1
+        if number > self._spin_highest_pn:
+            # RFC 9000, 17.4.
+            self._spin_bit = bool(first & 0x20) is not self._is_client
+            self._spin_highest_pn = number
+        context.time = now
+        try:
+            is_ack_eliciting, _ = self._payload_received(context, plain)
+        except QuicConnectionError as error:
+            self.close(error_code=error.error_code, frame_type=error.frame_type, reason_phrase=error.reason_phrase)
+            return True
+        if self._close_pending or self._state in END_STATES:
+            return True
+        self._close_at = now + self._idle_timeout()
+        self._ack_eliciting_sent_since_receipt = False
+        if number > space.largest_received_packet:
+            space.largest_received_packet = number
+            space.largest_received_time = now
+        space.ack_queue.add(number)
+        space.received_packets.add(number)
+        if len(space.ack_queue) > MAX_ACK_RANGES:
+            space.ack_queue.shift()
+        if is_ack_eliciting and space.ack_at is None:
+            space.ack_at = now + self._ack_delay
+        return True
+
+    def _payload_received(
+        self, context: QuicReceiveContext, plain: bytes, crypto_frame_required: bool = False
+    ) -> tuple[bool, bool]:
+        """Handles a packet's frames; whether it wants an acknowledgement, and whether it only probes a path."""
+        if context.epoch is not Epoch.ONE_RTT or not plain:
+            return super()._payload_received(context, plain, crypto_frame_required)
+        is_ack_eliciting = False
+        buf = Buffer(data=plain)
+        end = len(plain)
+        at = 0
+        kind = plain[0]
+        try:
+            while at < end:
+                kind = plain[at]
+                if kind & 0xF8 == QuicFrameType.STREAM_BASE:
+                    buf.seek(at + 1)
+                    self._receive_stream_frame(context, kind, buf, at, end)
+                    is_ack_eliciting = True
+                elif kind == QuicFrameType.ACK:
+                    buf.seek(at + 1)
+                    self._handle_ack_frame(context, kind, buf)
+                elif kind == QuicFrameType.DATAGRAM_WITH_LENGTH:
+                    buf.seek(at + 1)
+                    self._handle_datagram_frame(context, kind, buf)
+                    is_ack_eliciting = True
+                else:
+                    rest_eliciting, is_probing = super()._payload_received(context, plain[at:])
+                    return is_ack_eliciting or rest_eliciting, is_probing and at == 0
+                at = buf.tell()
+        except BufferReadError:
+            raise QuicConnectionError(
+                error_code=QuicErrorCode.FRAME_ENCODING_ERROR,
+                frame_type=kind,
+                reason_phrase="Failed to parse frame",
+            ) from None
+        return is_ack_eliciting, False
+
+    def _receive_stream_frame(self, context: QuicReceiveContext, kind: int, buf: Buffer, at: int, end: int) -> None:
+        """A STREAM frame (RFC 9000, 19.8): the next bytes of a living stream, or aioquic's way for anything else."""
+        stream: Any = self._streams.get(buf.pull_uint_var())
+        if stream is not None:
+            offset = buf.pull_uint_var() if kind & 4 else 0
+            length = buf.pull_uint_var() if kind & 2 else end - buf.tell()
+            receiver = stream.receiver
+            stop = offset + length
+            used = self._local_max_data
+            if (
+                offset == receiver._buffer_start
+                and length
+                and not receiver._buffer
+                and not receiver.is_finished
+                and receiver._final_size is None
+                and stop <= stream.max_stream_data_local
+                and used.used + length <= used.value
+            ):
+                data = buf.pull_bytes(length)
+                receiver._buffer_start = receiver.highest_offset = stop
+                used.used += length
+                is_last = bool(kind & 1)
+                if is_last:
+                    receiver._final_size = stop
+                    receiver.is_finished = True
+                self._events.append(
+                    events.StreamDataReceived(data=data, end_stream=is_last, stream_id=stream.stream_id)
+                )
+                return
+        buf.seek(at + 1)
+        try:
+            self._handle_stream_frame(context, kind, buf)
+        except StreamFinishedError:
+            # It was dropped: a repetition of what we had.
+            pass
+
+    def _handle_ack_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        """An ACK frame (RFC 9000, 19.3)."""
+        last = buf.pull_uint_var()
+        delay = buf.pull_uint_var()
+        count = buf.pull_uint_var()
+        first = last - buf.pull_uint_var()
+        ranges = [(first, last)]
+        for _ in range(count):
+            last = first - buf.pull_uint_var() - 2
+            first = last - buf.pull_uint_var()
+            ranges.append((first, last))
+        if first < 0:
+            raise QuicConnectionError(
+                error_code=QuicErrorCode.FRAME_ENCODING_ERROR,
+                frame_type=frame_type,
+                reason_phrase="ACK range contains a negative packet number",
+            )
+        if frame_type == QuicFrameType.ACK_ECN:
+            for _ in range(3):
+                buf.pull_uint_var()
+        loss = self._loss
+        if not loss.peer_completed_address_validation and context.epoch in (Epoch.HANDSHAKE, Epoch.ONE_RTT):
+            loss.peer_completed_address_validation = True
+        space = self._space if context.epoch is Epoch.ONE_RTT else self._spaces[context.epoch]
+        loss.on_ack_ranges(ranges, (delay << self._remote_ack_delay_exponent) / 1e6, context.time, space)
