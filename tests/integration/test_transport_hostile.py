@@ -60,7 +60,7 @@ def first_flight(credentials, server, server_id: bytes | None = None) -> bytes:
     if server_id is not None:
         engine._quic._peer_cid.cid = engine._quic._original_destination_connection_id = server_id
     engine.connect(server.address, 0.0)
-    ((datagram, _),) = engine.datagrams_to_send(0.0)
+    ((datagram, _),) = engine.datagrams_to_send(0.0, 64)
     return datagram
 
 
