@@ -112,7 +112,7 @@ class TestWhatTheySay:
             assert any(variable in path.read_text(encoding="utf-8") for root in sources for path in root.rglob("*.py"))
 
     def test_the_buffers_are_as_large_as_the_endpoint_asks_for(self) -> None:
-        from quorate_protocol.transport.endpoint import SOCKET_BUFFER_BYTES
+        from quorate_protocol.transport.udp import SOCKET_BUFFER_BYTES
 
         values = re.findall(r"(?m)^net\.core\.[rw]mem_max = (\d+)$", (UNITS / "90-quorate.conf").read_text("utf-8"))
         assert [int(value) for value in values] == [SOCKET_BUFFER_BYTES] * 2

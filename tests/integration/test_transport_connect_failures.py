@@ -10,7 +10,7 @@ from links import UdpSocket, connected, free_port, serving, until, url_of
 from quorate_coordinator.certificates import ensure_development_credentials
 from quorate_protocol.errors import ConfigurationError, ConnectFailed
 from quorate_protocol.transport import ALPN, ClientTls, connect
-from quorate_protocol.transport.endpoint import Endpoint
+from quorate_protocol.transport.udp import UdpPort
 
 
 @pytest.fixture
@@ -106,13 +106,14 @@ async def test_nothing_listens(tls, host):
 
 async def test_a_refusal_is_noticed_however_the_kernel_tells_it(tls, monkeypatch):
     """Where a second packet leaves before the socket is read, sending it takes the news away."""
-    send = Endpoint._send
+    send = UdpPort.send
 
-    def send_twice(self, datagram, address):
-        send(self, datagram, address)
-        send(self, datagram, address)
+    def send_twice(self, datagrams):
+        for _ in range(2):
+            for datagram in datagrams:
+                send(self, [datagram])
 
-    monkeypatch.setattr(Endpoint, "_send", send_twice)
+    monkeypatch.setattr(UdpPort, "send", send_twice)
     problem = await why(f"quic://127.0.0.1:{free_port()}", tls, timeout_s=30)
     assert problem == "connection refused: nothing listens there"
 

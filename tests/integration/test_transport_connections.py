@@ -165,7 +165,7 @@ async def test_a_reason_too_long_for_a_packet_is_cut_and_nobody_else_suffers(cre
 async def test_close_has_told_the_peer_when_it_returns(credentials, server):
     """So that a program may end right after it."""
     link = await connected(server, url_of(server), credentials)
-    sock = link.here._driver._sock
+    sock = link.here._driver._port._sock
     assert sock.fileno() >= 0
     await link.here.close()
     assert sock.fileno() == -1
@@ -200,8 +200,8 @@ async def test_a_silent_peer_is_given_up_after_the_idle_timeout(credentials, ser
     monkeypatch.setattr(aioquic_engine, "IDLE_TIMEOUT_S", 0.5)
     link = await connected(server, url_of(server), credentials)
     waiting = asyncio.create_task(link.here.accept_uni_stream())
-    link.here._driver._send = lambda datagram, address: None  # the network loses all that the client sends
-    server._endpoint._send = lambda datagram, address: None
+    link.here._driver._port.send = lambda datagrams: None  # the network loses all that the client sends
+    server._endpoint._port.send = lambda datagrams: None
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(ConnectionClosed, match="Idle timeout") as caught:
             await waiting

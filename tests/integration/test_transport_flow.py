@@ -141,11 +141,11 @@ async def test_streams_that_end_early_give_their_window_back(link, how):
 async def test_bytes_lost_before_a_reset_are_not_lost_to_the_connections_window(link):
     """A reset stream sends nothing again, and yet all that it ever sent counts against the window."""
     here, there = await pair(link)
-    sendto = link.here._driver._send
-    link.here._driver._send = lambda datagram, address: None  # the network loses what leaves now
+    send = link.here._driver._port.send
+    link.here._driver._port.send = lambda datagrams: None  # the network loses what leaves now
     here.send_nowait(bytes(500_000))
     await until(lambda: here._connection.engine._quic._streams[here.id].sender.highest_offset > 10_000)
-    link.here._driver._send = sendto
+    link.here._driver._port.send = send
     here.reset(Code.CANCELLED)
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(ResetByPeer):

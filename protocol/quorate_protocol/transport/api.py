@@ -80,7 +80,12 @@ class ServerStats:
     udp_datagrams_unknown: int = 0
     #: Datagrams that the kernel would not take; QUIC sends their content again.
     udp_datagrams_dropped: int = 0
-    #: Handshakes turned away because too many were under way.
+    #: Times that the kernel took no more datagrams for a while, and sending waited.
+    udp_send_blocked: int = 0
+    #: 1 when the kernel has refused to cut datagrams (UDP_SEGMENT), and they leave one by one.
+    udp_segmentation_refused: int = 0
+    #: Handshakes turned away because too many were under way, or newcomers had had their share of the time: what
+    #: might open a connection, by its size and first bit, and was dropped.
     handshakes_refused: int = 0
 
 

@@ -1,58 +1,68 @@
-"""The endpoint: one UDP socket and all the connections that live on it.
+"""The endpoint: one packet port and all the connections that live on it.
 
-Theory of operation. The socket becomes readable: up to a batch of datagrams is read, each is routed
-by its destination connection id (RFC 9000, 5.2) and fed to its engine. Then every connection that
-got something reports, which wakes the tasks that waited for it. What these tasks write, and whatever
-else asked for a turn, leaves in one send pass at the end of the loop's turn: the pass is scheduled
-behind the wake-ups, so that an acknowledgement rides with the answer instead of alone.
+Theory of operation. The port hands over a batch of datagrams: each is routed by its destination
+connection id (RFC 9000, 5.2) and fed to its engine. Then every connection that got something
+reports, which wakes the tasks that waited for it. What these tasks write, and whatever else asked
+for a turn, leaves in one send pass at the end of the loop's turn: the pass is scheduled behind the
+wake-ups, so that an acknowledgement rides with the answer instead of alone.
+
+Fairness. A pass of one connection is bounded, and so are all passes of one turn together; who has
+more to send gets another turn after the others had theirs, and after what has come meanwhile was
+read. While the port takes nothing, there are no passes at all: nothing piles up below the streams.
 
 A timer of the loop is kept per connection and only moved forward when it must fire earlier; one that
 fires too early looks again. Most packets push the engine's timer back, and re-arming the loop's each
 time would cost more than the packet.
+
+Strangers. Whatever a datagram for no known connection makes us do (reading its header, answering it,
+a handshake until it is complete) is paid from one credit, which grows by a quarter of the time that
+passes. While there is none, such datagrams are dropped after one look into a dictionary; while the
+handshakes under way are deep in debt, theirs are too. So strangers have 25 % of the loop's time, plus
+the cost of reading and dropping their datagrams: about 1.5 µs each, 15 % of the loop's time at
+100,000 in a second. Beyond what the loop can read, the kernel drops, whomever it meets: living
+connections send again.
 """
 
 import asyncio
-import errno
-import socket
-import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import structlog
 
 from quorate_protocol.errors import Code, ConnectionClosed
-from quorate_protocol.limits import CONNECTIONS_MAX, HANDSHAKES_MAX
+from quorate_protocol.limits import CONNECTIONS_MAX, HANDSHAKES_MAX, UDP_PAYLOAD_BYTES_MIN
 from quorate_protocol.transport.api import ServerStats
 from quorate_protocol.transport.connection import QuicConnection
 from quorate_protocol.transport.engine import Address, Engine, EngineFactory
+from quorate_protocol.transport.packets import Packet, PacketPort
 
 log = structlog.get_logger()
 
-#: Datagrams read in one turn: enough to empty the socket after a fan-in of hundreds of agents, small
-#: enough that timers and other sockets get their turn (about 10 ms of engine work).
-_BATCH_DATAGRAMS: Final = 256
+#: Datagrams that one connection sends in one turn: what one system call takes (`udp._SEGMENTS_MAX`), and about a
+#: millisecond of work. It bounds what a full socket leaves on our hands, too: 1 MiB with the largest packets.
+PASS_DATAGRAMS_MAX: Final = 64
 
-#: Larger than any UDP payload.
-_UDP_BYTES_MAX: Final = 65_536
-
-#: What we ask the kernel to hold for us in each direction while the loop is busy.
-SOCKET_BUFFER_BYTES: Final = 4 << 20
-
-#: Datagrams that wait for a full socket buffer to drain; beyond it they are dropped, and QUIC's loss
-#: recovery sends their content again.
-_UNSENT_DATAGRAMS_MAX: Final = 4096
+#: Datagrams that all connections together send in one turn, about 4 ms of work: as many as are read in one.
+_TURN_DATAGRAMS_MAX: Final = 256
 
 #: Passes of the loop's ready queue before a send pass. A reply usually goes through two or three
 #: tasks before it is written; without this its acknowledgement would leave alone. A pass costs
 #: microseconds, and the loop reads what has come meanwhile.
 _TURN_HOPS: Final = 3
 
-#: Share of the time that new connections' handshakes may take, so that a flood of them leaves the rest to those
-#: who are in; and how much of it may be saved up, in seconds: some hundred agents that join at once. Beyond it
-#: an Initial is dropped unread, and its sender tries again.
+#: Share of the time that strangers may take, so that a flood of them leaves the rest to those who are in; and how
+#: much of it may be saved up, in seconds: some hundred agents that join at once. Beyond it an Initial is dropped
+#: unread, and its sender tries again.
 _HANDSHAKE_SHARE: Final = 0.25
 _HANDSHAKE_BURST_S: Final = 0.5
+
+#: Debt up to which handshakes that have begun go on, in seconds: they are better finished than begun anew. Beyond it
+#: they wait as well, or one that is never finished could be fed with garbage without bound.
+_HANDSHAKE_DEBT_S: Final = 0.25
+
+#: While the port takes nothing, timers fire this often at the most, in seconds: nothing that they want could be sent.
+_BLOCKED_TIMER_S: Final = 0.05
 
 #: How long bytes that are in no hurry wait for others to share a packet with, in seconds.
 UNHURRIED_DELAY_S: Final = 0.005
@@ -62,52 +72,59 @@ HANDSHAKE_TIMEOUT_S: Final = 10.0
 
 
 class Endpoint:
-    """Drives engines over one socket; serves both sides. Implements `Driver`."""
+    """Drives engines over one port; serves both sides. Implements `Driver` and `PacketReceiver`."""
 
     def __init__(
         self,
-        sock: socket.socket,
+        port: PacketPort,
         factory: EngineFactory,
         *,
         on_connection: Callable[[QuicConnection], None] | None = None,
     ) -> None:
-        self._sock = sock
+        self._port = port
         self._factory = factory
         self._on_connection = on_connection
         self._loop = asyncio.get_running_loop()
-        self._connected_socket = False
+        #: A client's endpoint: it has one connection, and ends with it.
+        self._is_client = False
         self._routes: dict[bytes, QuicConnection] = {}
-        self._connections: set[QuicConnection] = set()
+        # Dictionaries instead of sets: what is iterated over has an order, so that a seed repeats a run.
+        self._connections: dict[QuicConnection, None] = {}
         #: Server side: handshakes that are not complete, and when they are given up.
         self._handshakes: dict[QuicConnection, asyncio.TimerHandle] = {}
-        self._turn: list[QuicConnection] = []
+        #: Connections that wait for their send pass, in order.
+        self._turn: deque[QuicConnection] = deque()
         self._turn_scheduled = False
-        #: Seconds that handshakes may cost now; see `_HANDSHAKE_SHARE`.
+        #: The connection whose datagrams are being sent.
+        self._serving: QuicConnection | None = None
+        #: Seconds that strangers may cost now; see `_HANDSHAKE_SHARE`.
         self._handshake_credit_s = _HANDSHAKE_BURST_S
         self._credited_at = self._loop.time()
         #: Connections with something to send that can wait for company.
         self._unhurried: dict[QuicConnection, None] = {}
         self._unhurried_timer: asyncio.TimerHandle | None = None
         self._timers: dict[QuicConnection, asyncio.TimerHandle] = {}
-        self._unsent: deque[tuple[bytes, Address | None]] = deque()
         self._accepting = on_connection is not None
         self._closing = False
         self._gone: asyncio.Future[None] = self._loop.create_future()
         self.stats = ServerStats()
-        self._cid_bytes = factory.connection_id_bytes
-        self._loop.add_reader(sock.fileno(), self._on_readable)
+        self._cid_end = 1 + factory.connection_id_bytes
+        port.attach(self, self.stats)
 
     @property
     def address(self) -> Address:
-        """What the socket is bound to."""
-        return self._sock.getsockname()
+        """What the port is bound to."""
+        return self._port.address
 
     def connect(self, engine: Engine, address: Address) -> QuicConnection:
-        """Client side: begins a handshake. The socket is tied to that one peer."""
-        self._sock.connect(address)
-        self._connected_socket = True
-        # Packets must come from the address that the handshake began with: 0.0.0.0 answers as 127.0.0.1.
-        address = self._sock.getpeername()
+        """Client side: begins a handshake. The port is tied to that one peer.
+
+        Raises:
+            OSError: the address cannot be reached.
+        """
+        # Packets must come from the address that the handshake began with.
+        address = self._port.connect(address)
+        self._is_client = True
         connection = QuicConnection(engine, self, address, is_client=True)
         self._add(connection)
         engine.connect(address, self._loop.time())
@@ -119,7 +136,7 @@ class Endpoint:
         self._accepting = False
 
     async def close(self, code: int, reason: str) -> None:
-        """Closes all connections, sends what says so, and lets go of the socket."""
+        """Closes all connections, sends what says so, and lets go of the port."""
         if self._closing:
             await asyncio.shield(self._gone)
             return
@@ -127,7 +144,9 @@ class Endpoint:
         self._accepting = False
         for connection in list(self._connections):
             connection.abort(code, reason)
-        self._serve_turn()
+        now = self._loop.time()
+        for connection in list(self._connections):
+            self._serve(connection, now)
         self._release()
 
     # --- Driver ---
@@ -138,8 +157,7 @@ class Endpoint:
         connection.in_turn = True
         self._turn.append(connection)
         if not self._turn_scheduled:
-            self._turn_scheduled = True
-            self._loop.call_soon(self._await_turn, _TURN_HOPS)
+            self._schedule_turn()
 
     def wants_turn_soon(self, connection: QuicConnection) -> None:
         self._unhurried[connection] = None
@@ -171,41 +189,37 @@ class Endpoint:
         self._end_handshake(connection)
         self.wants_turn(connection)
 
-    # --- reading ---
+    # --- PacketReceiver ---
 
-    def _on_readable(self) -> None:
+    def datagrams_received(self, datagrams: Sequence[Packet]) -> None:
         now = self._loop.time()
         self._handshake_credit_s = min(
             _HANDSHAKE_BURST_S, self._handshake_credit_s + (now - self._credited_at) * _HANDSHAKE_SHARE
         )
         self._credited_at = now
+        routes, cid_end = self._routes, self._cid_end
         touched: dict[QuicConnection, None] = {}
-        for _ in range(_BATCH_DATAGRAMS):
-            try:
-                datagram, address = self._sock.recvfrom(_UDP_BYTES_MAX)
-            except (BlockingIOError, InterruptedError):
-                break
-            except OSError as error:
-                # An ICMP answer to something that we sent earlier. Anyone can forge one, so that it
-                # ends no connection that exists (RFC 9000, 14.2.1), only the wait for one.
-                if error.errno == errno.ECONNREFUSED and self._refuse():
-                    return
-                continue
-            self.stats.udp_datagrams_received += 1
-            self.stats.bytes_received += len(datagram)
-            connection = self._route(datagram, address, now)
-            if connection is not None:
-                began = 0.0 if connection.is_established else time.perf_counter()
-                try:
-                    connection.receive_udp(datagram, address, now)
-                except Exception:
-                    log.exception("engine_failed", peer=connection.peer)
-                    self._give_up(connection)
-                    if self._gone.done():
-                        return
-                if began and not connection.is_client:
-                    self._handshake_credit_s -= time.perf_counter() - began
-                touched[connection] = None
+        for datagram, address in datagrams:
+            if len(datagram) < cid_end:
+                connection = None
+            elif datagram[0] & 0x80:
+                # A long header carries the length of its destination id (RFC 9000, 17.2).
+                connection = routes.get(datagram[6 : 6 + datagram[5]])
+            else:
+                connection = routes.get(datagram[1:cid_end])
+            if connection is None:
+                connection = self._meet(datagram, address)
+                if connection is None:
+                    self.stats.udp_datagrams_unknown += 1
+                    continue
+            if connection.is_established or connection.is_client:
+                self._feed(connection, datagram, address, now)
+            elif self._handshake_credit_s > -_HANDSHAKE_DEBT_S:
+                clock = self._port.work_clock
+                began = clock()
+                self._feed(connection, datagram, address, now)
+                self._handshake_credit_s -= clock() - began
+            touched[connection] = None
         for connection in touched:
             if connection not in self._connections:
                 continue
@@ -217,6 +231,43 @@ class Endpoint:
                 continue
             self._after_input(connection)
 
+    def refused(self) -> None:
+        # It ends no connection that exists (RFC 9000, 14.2.1), only the wait for one: nobody listens there.
+        for connection in self._connections:
+            if connection.is_client and not connection.is_established:
+                connection.closed(ConnectionClosed(Code.NO_ERROR, "connection refused: nothing listens there"))
+                self._drop(connection)
+                return
+
+    def datagram_too_large(self, datagram_bytes: int, address: Address) -> None:
+        now = self._loop.time()
+        if self._serving is not None:
+            concerned = [self._serving]
+        else:
+            # The rest of an earlier pass. It is rare, and so is the search.
+            concerned = [connection for connection in self._connections if connection.address == address]
+        for connection in concerned:
+            try:
+                connection.engine.datagram_refused(datagram_bytes, now)
+            except Exception:
+                log.exception("engine_failed", peer=connection.peer)
+                self._give_up(connection)
+            else:
+                self.wants_turn(connection)
+
+    def writable(self) -> None:
+        if self._turn and not self._turn_scheduled:
+            self._schedule_turn()
+
+    # --- input ---
+
+    def _feed(self, connection: QuicConnection, datagram: bytes, address: Address, now: float) -> None:
+        try:
+            connection.receive_udp(datagram, address, now)
+        except Exception:
+            log.exception("engine_failed", peer=connection.peer)
+            self._give_up(connection)
+
     def _after_input(self, connection: QuicConnection) -> None:
         try:
             connection.after_input()
@@ -226,46 +277,30 @@ class Endpoint:
         else:
             self.wants_turn(connection)
 
-    def _refuse(self) -> bool:
-        """Gives up a client's handshake: nobody listens there. False when there is none."""
-        for connection in self._connections:
-            if connection.is_client and not connection.is_established:
-                connection.closed(ConnectionClosed(Code.NO_ERROR, "connection refused: nothing listens there"))
-                self._drop(connection)
-                return True
-        return False
-
-    def _route(self, datagram: bytes, address: Address, now: float) -> QuicConnection | None:
-        if len(datagram) < 1 + self._cid_bytes:
-            self.stats.udp_datagrams_unknown += 1
+    def _meet(self, datagram: bytes, address: Address) -> QuicConnection | None:
+        """A datagram for no known connection: the one that it opens, or None."""
+        if not self._accepting or len(datagram) < self._cid_end or not datagram[0] & 0x80:
             return None
-        if datagram[0] & 0x80:
-            # A long header carries the length of its destination id (RFC 9000, 17.2).
-            end = 6 + datagram[5]
-            connection = self._routes.get(datagram[6:end]) if len(datagram) >= 6 else None
-        else:
-            connection = self._routes.get(datagram[1 : 1 + self._cid_bytes])
-        if connection is None:
-            connection = self._accept(datagram, address)
-            if connection is None:
-                self.stats.udp_datagrams_unknown += 1
+        if self._handshake_credit_s <= 0:
+            # Unread, so that nobody knows what it was; the size is all that can be told for nothing.
+            if len(datagram) >= UDP_PAYLOAD_BYTES_MIN:
+                self.stats.handshakes_refused += 1
+            return None
+        clock = self._port.work_clock
+        began = clock()
+        connection = self._accept(datagram, address)
+        self._handshake_credit_s -= clock() - began
         return connection
 
     def _accept(self, datagram: bytes, address: Address) -> QuicConnection | None:
-        if not self._accepting or not datagram[0] & 0x80:
-            return None
         arrival = self._factory.inspect(datagram)
         if arrival is None:
             return None
         if arrival.answer is not None:
-            self._send(arrival.answer, address)
+            self._port.send([(arrival.answer, address)])
         if not arrival.opens:
             return None
-        if (
-            self._handshake_credit_s <= 0
-            or len(self._handshakes) >= HANDSHAKES_MAX
-            or len(self._connections) >= CONNECTIONS_MAX
-        ):
+        if len(self._handshakes) >= HANDSHAKES_MAX or len(self._connections) >= CONNECTIONS_MAX:
             self.stats.handshakes_refused += 1
             return None
         connection = QuicConnection(self._factory.server(arrival), self, address, is_client=False)
@@ -281,6 +316,10 @@ class Endpoint:
 
     # --- sending ---
 
+    def _schedule_turn(self) -> None:
+        self._turn_scheduled = True
+        self._loop.call_soon(self._await_turn, _TURN_HOPS)
+
     def _await_turn(self, hops: int) -> None:
         """Lets the tasks that were woken, and those that they wake in turn, have their say first."""
         if hops:
@@ -289,67 +328,66 @@ class Endpoint:
             self._serve_turn()
 
     def _serve_turn(self) -> None:
-        self._turn_scheduled = False
-        turn, self._turn = self._turn, []
+        turn, port = self._turn, self._port
         now = self._loop.time()
-        for connection in turn:
+        left = _TURN_DATAGRAMS_MAX
+        unfinished: list[QuicConnection] = []
+        while turn and left > 0 and port.is_writable:
+            connection = turn.popleft()
             connection.in_turn = False
             # One that was dropped meanwhile must not come back by its timer.
             if connection in self._connections:
-                self._serve(connection, now)
+                sent = self._serve(connection, now)
+                # A pass without datagrams costs something too.
+                left -= sent or 1
+                if sent >= PASS_DATAGRAMS_MAX:
+                    unfinished.append(connection)
+        self._turn_scheduled = False
+        for connection in unfinished:
+            if connection in self._connections and not connection.in_turn:
+                connection.in_turn = True
+                turn.append(connection)
+        if turn:
+            if port.is_writable:
+                self._schedule_turn()
+            else:
+                for connection in list(turn):
+                    self._settle(connection, now)
 
-    def _serve(self, connection: QuicConnection, now: float) -> None:
-        engine = connection.engine
-        stats = connection.stats
+    def _serve(self, connection: QuicConnection, now: float) -> int:
+        """One send pass of one connection; returns how many datagrams it had."""
+        count = 0
+        self._serving = connection
         try:
-            for datagram, address in engine.datagrams_to_send(now, 64):
-                stats.udp_datagrams_sent += 1
-                stats.bytes_sent += len(datagram)
-                self._send(datagram, address)
+            datagrams = connection.engine.datagrams_to_send(now, PASS_DATAGRAMS_MAX)
+            if datagrams:
+                count = len(datagrams)
+                stats = connection.stats
+                stats.udp_datagrams_sent += count
+                for datagram, _ in datagrams:
+                    stats.bytes_sent += len(datagram)
+                self._port.send(datagrams)
             # A send pass may end a connection (path validation) or issue connection ids.
             connection.after_output()
         except Exception:
             log.exception("engine_failed", peer=connection.peer)
             self._give_up(connection)
+            return count
+        finally:
+            self._serving = None
+        self._settle(connection, now)
+        return count
+
+    def _settle(self, connection: QuicConnection, now: float) -> None:
+        """After all else: drops a connection that is gone, and sets the clock of one that is not."""
+        if connection not in self._connections:
             return
+        engine = connection.engine
         if engine.is_gone or (connection.is_client and connection.is_closed):
-            # What a server lingers for (RFC 9000, 10.2) a client need not: the socket is its own.
+            # What a server lingers for (RFC 9000, 10.2) a client need not: the port is its own.
             self._drop(connection)
         else:
             self._arm(connection, engine.timer(), now)
-
-    def _send(self, datagram: bytes, address: Address) -> None:
-        if self._unsent:
-            self._keep_unsent(datagram, address)
-            return
-        try:
-            if self._connected_socket:
-                self._sock.send(datagram)
-            else:
-                self._sock.sendto(datagram, address)
-            self.stats.udp_datagrams_sent += 1
-            self.stats.bytes_sent += len(datagram)
-        except (BlockingIOError, InterruptedError):
-            self._keep_unsent(datagram, address)
-            self._loop.add_writer(self._sock.fileno(), self._on_writable)
-        except OSError as error:
-            # No route, an ICMP error, an address that went away: for QUIC a lost packet.
-            self.stats.udp_datagrams_dropped += 1
-            if error.errno == errno.ECONNREFUSED:
-                # The kernel tells it once, to whoever asks first: reading will not hear of it any more.
-                self._loop.call_soon(self._refuse)
-
-    def _keep_unsent(self, datagram: bytes, address: Address) -> None:
-        if len(self._unsent) >= _UNSENT_DATAGRAMS_MAX:
-            self._unsent.popleft()
-            self.stats.udp_datagrams_dropped += 1
-        self._unsent.append((datagram, address))
-
-    def _on_writable(self) -> None:
-        waiting, self._unsent = self._unsent, deque()
-        self._loop.remove_writer(self._sock.fileno())
-        for datagram, address in waiting:
-            self._send(datagram, address)
 
     # --- timers ---
 
@@ -362,7 +400,8 @@ class Endpoint:
         if at is None:
             self._timers.pop(connection, None)
         else:
-            self._timers[connection] = self._loop.call_at(max(at, now), self._on_timer, connection)
+            earliest = now if self._port.is_writable else now + _BLOCKED_TIMER_S
+            self._timers[connection] = self._loop.call_at(max(at, earliest), self._on_timer, connection)
 
     def _on_timer(self, connection: QuicConnection) -> None:
         self._timers.pop(connection, None)
@@ -381,6 +420,9 @@ class Endpoint:
             self._give_up(connection)
         else:
             self._after_input(connection)
+            if not self._port.is_writable and connection in self._connections:
+                # There will be no pass soon that sets the clock again.
+                self._settle(connection, now)
 
     # --- bookkeeping ---
 
@@ -399,13 +441,13 @@ class Endpoint:
         return True
 
     def _add(self, connection: QuicConnection) -> None:
-        self._connections.add(connection)
+        self._connections[connection] = None
         self.stats.connections = len(self._connections)
         connection.connection_ids.add(connection.engine.initial_connection_id)
         self._routes[connection.engine.initial_connection_id] = connection
 
     def _drop(self, connection: QuicConnection) -> None:
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
         self.stats.connections = len(self._connections)
         timer = self._timers.pop(connection, None)
         if timer is not None:
@@ -415,43 +457,18 @@ class Endpoint:
             if self._routes.get(connection_id) is connection:
                 del self._routes[connection_id]
         connection.connection_ids.clear()
-        if self._connected_socket and not self._closing:
-            # A client's socket has one connection and ends with it.
+        if self._is_client and not self._closing:
+            # A client's port has one connection and ends with it.
             self._closing = True
             self._release()
 
     def _release(self) -> None:
         for connection in list(self._connections):
             self._drop(connection)
-        self._loop.remove_reader(self._sock.fileno())
         if self._unhurried_timer is not None:
             self._unhurried_timer.cancel()
         self._unhurried.clear()
-        if self._unsent:
-            self._loop.remove_writer(self._sock.fileno())
-            self._unsent.clear()
-        self._sock.close()
+        self._turn.clear()
+        self._port.close()
         if not self._gone.done():
             self._gone.set_result(None)
-
-
-def bind_udp(family: int, address: Address | None) -> socket.socket:
-    """A non-blocking UDP socket with large buffers; bound, unless `address` is None.
-
-    Raises:
-        OSError: the address is taken or not ours.
-    """
-    sock = socket.socket(family, socket.SOCK_DGRAM)
-    try:
-        sock.setblocking(False)
-        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
-        if family == socket.AF_INET6:
-            # `::` serves IPv4 too.
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        if address is not None:
-            sock.bind(address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

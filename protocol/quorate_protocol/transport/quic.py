@@ -16,8 +16,10 @@ from quorate_protocol.transport.address import (
 )
 from quorate_protocol.transport.api import ClientTls, Connection, Server, ServerTls
 from quorate_protocol.transport.connection import QuicConnection
-from quorate_protocol.transport.endpoint import Endpoint, bind_udp
+from quorate_protocol.transport.endpoint import Endpoint
 from quorate_protocol.transport.engine import AioquicFactory
+from quorate_protocol.transport.packets import PacketPort
+from quorate_protocol.transport.udp import UdpPort, bind_udp
 
 #: Application protocol of agents and operators (RFC 7301).
 ALPN: Final = "quorate/1"
@@ -91,7 +93,7 @@ async def _connect_to(
 ) -> Connection:
     engine = factory.client(tls, url.host, protocols)
     try:
-        endpoint = Endpoint(bind_udp(family, None), factory)
+        endpoint = Endpoint(UdpPort(bind_udp(family, None)), factory)
     except OSError as error:
         raise ConnectFailed(str(url), str(error)) from error
     try:
@@ -127,14 +129,14 @@ def _explain(error: ConnectionClosed, tls: ClientTls, protocols: list[str]) -> s
 class QuicServer(Server):
     """A listening endpoint."""
 
-    def __init__(self, sock: socket.socket, factory: AioquicFactory, protocols: list[str], backlog: int) -> None:
+    def __init__(self, port: PacketPort, factory: AioquicFactory, protocols: list[str], backlog: int) -> None:
         self._factory = factory
         self._protocols = protocols
         self._backlog = backlog
         self._ready: deque[QuicConnection] = deque()
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._closed = False
-        self._endpoint = Endpoint(sock, factory, on_connection=self._on_connection)
+        self._endpoint = Endpoint(port, factory, on_connection=self._on_connection)
         self.stats = self._endpoint.stats
 
     @property
@@ -221,4 +223,4 @@ async def listen(
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigurationError("listen", f"cannot listen on {join_host_port(host, port)}: {reason}") from error
-    return QuicServer(sock, factory, list(protocols), backlog)
+    return QuicServer(UdpPort(sock), factory, list(protocols), backlog)
