@@ -46,9 +46,9 @@ PASS_DATAGRAMS_MAX: Final = 64
 #: Datagrams that all connections together send in one turn, about 4 ms of work: as many as are read in one.
 _TURN_DATAGRAMS_MAX: Final = 256
 
-#: Passes of the loop's ready queue before a send pass. A reply usually goes through two or three
-#: tasks before it is written; without this its acknowledgement would leave alone. A pass costs
-#: microseconds, and the loop reads what has come meanwhile.
+#: Passes of the loop's ready queue before a send pass, at the most. A reply usually goes through two or
+#: three tasks before it is written; without this its acknowledgement would leave alone. When nobody
+#: else waits for the loop, nobody has anything to add, and the pass is at once.
 _TURN_HOPS: Final = 3
 
 #: Share of the time that strangers may take, so that a flood of them leaves the rest to those who are in; and how
@@ -322,10 +322,14 @@ class Endpoint:
 
     def _await_turn(self, hops: int) -> None:
         """Lets the tasks that were woken, and those that they wake in turn, have their say first."""
-        if hops:
+        if hops and self._others_wait():
             self._loop.call_soon(self._await_turn, hops - 1)
         else:
             self._serve_turn()
+
+    def _others_wait(self) -> bool:
+        """Whether callbacks wait for the loop; True where the loop does not tell."""
+        return bool(getattr(self._loop, "_ready", True))
 
     def _serve_turn(self) -> None:
         turn, port = self._turn, self._port

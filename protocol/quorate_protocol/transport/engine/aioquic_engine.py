@@ -60,11 +60,11 @@ class AioquicEngine:
         self._quic.connect(address, now)
 
     def receive(self, datagram: bytes, address: Address, now: float) -> bool:
-        before = self._quic._close_at
-        self._quic.receive_datagram(datagram, address, now)
-        self._quic.note_packet(now)
-        # An authentic packet moves the idle timer; so does a first one that is not.
-        return self._quic._close_at != before and self.is_established
+        quic = self._quic
+        before = quic.packets_received
+        quic.receive_datagram(datagram, address, now)
+        quic.note_packet(now)
+        return quic.packets_received != before
 
     def handle_timer(self, now: float) -> None:
         keepalive_at = self._quic.keepalive_at

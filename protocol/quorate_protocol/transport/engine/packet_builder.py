@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from aioquic._buffer import Buffer
 from aioquic.quic.crypto import CryptoPair
-from aioquic.quic.packet import PACKET_FIXED_BIT, QuicPacketType
+from aioquic.quic.packet import PACKET_FIXED_BIT, QuicFrameType, QuicPacketType
 from aioquic.quic.packet_builder import QuicDeliveryHandler, QuicPacketBuilder, QuicPacketBuilderStop
 from aioquic.tls import Epoch
 
@@ -62,6 +62,29 @@ class PacketBuilder(QuicPacketBuilder):
     _packet: Any
     _packet_crypto: CryptoPair
     _buffer: Buffer
+
+    def begin_pass(
+        self, *, packet_number: int, peer_cid: bytes, spin_bit: bool, datagram_bytes: int, flight_bytes_max: int
+    ) -> None:
+        """Makes a builder that was flushed ready for another pass of a connection whose handshake is confirmed."""
+        self._packet_number = packet_number
+        self._peer_cid = peer_cid
+        self._spin_bit = spin_bit
+        self._flight_bytes = self._total_bytes = 0
+        self.max_flight_bytes = flight_bytes_max
+        if datagram_bytes != self._buffer_capacity:
+            self._buffer_capacity = datagram_bytes
+            self._buffer = Buffer(datagram_bytes)
+
+    def flush(self) -> tuple[list[bytes], list[Any]]:
+        """Returns the datagrams and what is in them."""
+        if self._packet is not None:
+            self._end_packet()
+        if self._buffer.tell():
+            self._flush_current_datagram()
+        datagrams, packets = self._datagrams, self._packets
+        self._datagrams, self._packets = [], []
+        return datagrams, packets
 
     @property
     def datagrams_built(self) -> int:
@@ -114,6 +137,19 @@ class PacketBuilder(QuicPacketBuilder):
         buf.push_uint_var(frame_type)
         if handler is not None:
             packet.delivery_handlers.append((handler, handler_args))
+        return buf
+
+    def start_ack_frame(self, capacity: int, handler: QuicDeliveryHandler, handler_args: Sequence[Any]) -> Buffer:
+        """As `start_frame`, for an ACK frame: neither congestion control nor an acknowledgement is about it.
+
+        Raises:
+            QuicPacketBuilderStop: there is no room for it.
+        """
+        buf = self._buffer
+        if self._buffer_capacity - buf.tell() - 16 < capacity:
+            raise QuicPacketBuilderStop
+        buf.push_uint8(QuicFrameType.ACK)
+        self._packet.delivery_handlers.append((handler, handler_args))
         return buf
 
     def _end_packet(self) -> None:

@@ -143,7 +143,7 @@ class Connection(SendingConnection):
         RFC 9000, 10.1.2: an application that waits for an answer is not idle. Servers leave that to
         their clients, of which they have many.
         """
-        if self._ack_eliciting_sent_since_receipt or not (self._is_client and self._handshake_confirmed):
+        if not self._is_client or self._ack_eliciting_sent_since_receipt or not self._handshake_confirmed:
             return None
         if self._close_at is None or self._close_event is not None:
             return None

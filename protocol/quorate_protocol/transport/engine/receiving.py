@@ -9,7 +9,6 @@ other packet and frame goes the way of aioquic, from its start.
 from typing import Any, Final
 
 from aioquic._buffer import Buffer, BufferReadError
-from aioquic._crypto import CryptoError
 from aioquic.quic import events
 from aioquic.quic.connection import (
     END_STATES,
@@ -23,6 +22,7 @@ from aioquic.quic.packet import QuicErrorCode, QuicFrameType, decode_packet_numb
 from aioquic.quic.recovery import MAX_ACK_RANGES
 from aioquic.quic.stream import StreamFinishedError
 from aioquic.tls import Epoch
+from cryptography.exceptions import InvalidTag
 
 from quorate_protocol.transport.engine.recovery import Recovery
 
@@ -45,9 +45,13 @@ class ReceivingConnection(QuicConnection):
         super().__init__(**kwargs)
         #: When the last datagram came or left.
         self.clock = 0.0
+        #: Authentic packets; those that came beside another in one datagram are not all counted.
+        self.packets_received = 0
         #: Whether the handshake is confirmed and there is one path, which is validated.
         self._is_steady = False
         self._context: QuicReceiveContext | None = None
+        #: When the idle timer was last moved: once for all the packets of a batch.
+        self._idle_moved_at = -1.0
         #: 1-RTT: the packet number space and its keys.
         self._space: Any = None
         self._crypto: Any = None
@@ -63,7 +67,10 @@ class ReceivingConnection(QuicConnection):
         if self._is_steady and not data[0] & 0x80 and self._receive_short(data, addr, now):
             return
         path = self._network_paths[0] if self._network_paths else None
+        before = self._authentic_marks()
         super().receive_datagram(data, addr, now)
+        if self._state is not QuicConnectionState.FIRSTFLIGHT and self._authentic_marks() != before:
+            self.packets_received += 1
         paths = self._network_paths
         if path is not None and paths[0] is not path:
             self._path_changed(path, paths[0])
@@ -83,6 +90,10 @@ class ReceivingConnection(QuicConnection):
                 time=now,
                 version=None,
             )
+
+    def _authentic_marks(self) -> tuple[Any, ...]:
+        """What an authentic packet moves: the idle timer, or, at the same time as another, its space."""
+        return self._close_at, self._space and self._space.largest_received_packet
 
     def _path_changed(self, old: QuicNetworkPath, new: QuicNetworkPath) -> None:
         """The peer has moved to another address."""
@@ -114,12 +125,12 @@ class ReceivingConnection(QuicConnection):
         number = decode_packet_number(truncated, number_bytes * 8, space.expected_packet_number)
         aead = keys.aead
         try:
-            plain = aead.decrypt(
+            plain = aead._aead.decrypt(
+                (aead._iv ^ number).to_bytes(12, "big"),
                 data[payload_at:],
                 b"%c%b%b" % (first, self.host_cid, truncated.to_bytes(number_bytes, "big")),
-                number,
             )
-        except CryptoError:
+        except InvalidTag:
             return True
         # RFC 9000, 12.3: duplicates are dropped.
         if number in space.received_packets:
@@ -130,6 +141,7 @@ class ReceivingConnection(QuicConnection):
             # RFC 9000, 17.4.
             self._spin_bit = bool(first & 0x20) is not self._is_client
             self._spin_highest_pn = number
+        self.packets_received += 1
         context.time = now
         try:
             is_ack_eliciting, _ = self._payload_received(context, plain)
@@ -138,15 +150,21 @@ class ReceivingConnection(QuicConnection):
             return True
         if self._close_pending or self._state in END_STATES:
             return True
-        self._close_at = now + self._idle_timeout()
+        if now != self._idle_moved_at:
+            self._idle_moved_at = now
+            self._close_at = now + self._idle_timeout()
         self._ack_eliciting_sent_since_receipt = False
         if number > space.largest_received_packet:
             space.largest_received_packet = number
             space.largest_received_time = now
-        space.ack_queue.add(number)
         space.received_packets.add(number)
-        if len(space.ack_queue) > MAX_ACK_RANGES:
-            space.ack_queue.shift()
+        ranges = space.ack_queue._RangeSet__ranges
+        if ranges and ranges[-1].stop == number:
+            ranges[-1] = range(ranges[-1].start, number + 1)
+        else:
+            space.ack_queue.add(number)
+            if len(ranges) > MAX_ACK_RANGES:
+                space.ack_queue.shift()
         if is_ack_eliciting and space.ack_at is None:
             space.ack_at = now + self._ack_delay
         return True

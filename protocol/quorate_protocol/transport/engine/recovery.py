@@ -23,12 +23,14 @@ class Recovery(QuicPacketRecovery):
         super().__init__(max_datagram_size=max_datagram_size, **options)
         self._pacer = Pacer(max_datagram_size=max_datagram_size)
         self._mtu = mtu
+        #: The window or the round-trip time has changed since the pacer was told.
+        self._pace_is_stale = False
 
     def set_segment(self, segment_bytes: int) -> None:
         """Path MTU discovery has found another packet size."""
         self._cc.set_segment(segment_bytes)
         self._pacer.segment_bytes = segment_bytes
-        self._update_pace()
+        self._pace_is_stale = True
 
     def begin_path(self, segment_bytes: int) -> None:
         """The peer is somewhere else: what was learned of the old path does not hold (RFC 9000, 9.4)."""
@@ -103,7 +105,7 @@ class Recovery(QuicPacketRecovery):
         if newest.packet_number == largest_acked and is_ack_eliciting and newest.sent_time is not None:
             self._sample_rtt(now - newest.sent_time, min(ack_delay, self.max_ack_delay), now)
             congestion.on_rtt_measurement(now=now, rtt=self._rtt_latest)
-        self._update_pace()
+        self._pace_is_stale = True
         self._detect_loss(now=now, space=space)
         if self.peer_completed_address_validation:
             self._pto_count = 0
@@ -123,13 +125,17 @@ class Recovery(QuicPacketRecovery):
             self._rtt_variance += (abs(self._rtt_smoothed - self._rtt_latest) - self._rtt_variance) / 4
             self._rtt_smoothed += (self._rtt_latest - self._rtt_smoothed) / 8
 
-    def _update_pace(self) -> None:
-        if self._rtt_initialized:
+    def pacing_credit_bytes(self, now: float) -> float:
+        """Bytes that the pacer lets leave now."""
+        if self._pace_is_stale and self._rtt_initialized:
+            self._pace_is_stale = False
             self._pacer.update_rate(
                 congestion_window=self._cc.congestion_window,
                 smoothed_rtt=self._rtt_smoothed,
                 slow_start=self.is_slow_start,
             )
+        credit_bytes: float = self._pacer.credit_bytes(now)
+        return credit_bytes
 
     def _detect_loss(self, *, now: float, space: QuicPacketSpace) -> None:
         # Numbers ascend: when the oldest is newer than what was acknowledged, none is lost.
@@ -139,6 +145,7 @@ class Recovery(QuicPacketRecovery):
         super()._detect_loss(now=now, space=space)
 
     def _on_packets_lost(self, *, packets: Any, **options: Any) -> None:
+        self._pace_is_stale = True
         packets = list(packets)
         for packet in packets:
             if packet.in_flight:

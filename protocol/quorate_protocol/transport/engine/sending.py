@@ -71,7 +71,7 @@ class SendingConnection(ReceivingConnection):
         #: Datagrams that were dropped before they were sent.
         self.datagrams_dropped = 0
         self._packets_since_ack = 0
-        #: The pass under way.
+        #: Of the pass under way; that of a steady connection is used again and again.
         self._builder: Any = None
 
     def note_packet(self, now: float) -> None:
@@ -87,29 +87,31 @@ class SendingConnection(ReceivingConnection):
         """Whether a send pass may yield anything. It may say yes too often, never too rarely."""
         if not self._handshake_confirmed or self._close_pending:
             return True
-        if self._lanes or self._datagrams_pending or self._limits_due or self._finished:
+        if self._lanes or self._datagrams_pending or self._finished or not self._is_steady:
             return True
-        space = self._space
-        path = self._network_paths[0]
-        if (
-            (space.ack_at is not None and space.ack_at <= now)
-            or self._probe_pending
-            or self._ping_pending
-            or self._handshake_done_pending
-            or self._retire_connection_ids
-            or path.remote_challenges
-            or not path.is_validated
-            or len(self._network_paths) > 1
-            or not self._crypto_streams[Epoch.ONE_RTT].sender.buffer_is_empty
-            or not all(connection_id.was_sent for connection_id in self._host_cids)
-            or self._is_due(self._local_max_data)
-            or self._is_due(self._local_max_streams_bidi)
-            or self._is_due(self._local_max_streams_uni)
-        ):
+        ack_at = self._space.ack_at
+        if (ack_at is not None and ack_at <= now) or self._has_control():
             return True
         # Whatever held back an earlier pass is gone, or its timer would fire for ever.
         self._pacing_at = None
         return False
+
+    def _has_control(self) -> bool:
+        """Whether any of what `_write_control` writes waits to be written."""
+        if (
+            self._limits_due
+            or self._probe_pending
+            or self._ping_pending
+            or self._handshake_done_pending
+            or self._retire_connection_ids
+            or self._network_paths[0].remote_challenges
+            or not self._crypto_streams[Epoch.ONE_RTT].sender.buffer_is_empty
+        ):
+            return True
+        for limit in (self._local_max_data, self._local_max_streams_bidi, self._local_max_streams_uni):
+            if limit.sent - limit.used < limit.value - limit.sent:
+                return True
+        return any(not connection_id.was_sent for connection_id in self._host_cids)
 
     # --- a pass ---
 
@@ -120,19 +122,50 @@ class SendingConnection(ReceivingConnection):
             return []
         if self._close_pending:
             return super().datagrams_to_send(now)
-        path = self._network_paths[0]
-        builder = self._new_builder(self._max_datagram_size)
         self._pacing_at = None
+        path = self._network_paths[0]
+        return self._steady_pass(path, now, count_max) if self._is_steady else self._early_pass(path, now, count_max)
+
+    def _steady_pass(self, path: QuicNetworkPath, now: float, count_max: int) -> list[tuple[bytes, Any]]:
+        datagram_bytes = self._max_datagram_size
         congestion = self._loss._cc
         room = congestion.congestion_window - congestion.bytes_in_flight
-        if self._is_steady and room < self._max_datagram_size and congestion.bytes_in_flight:
-            # What is left of the window would make a small packet of a large one.
+        if room < datagram_bytes:
+            if self._probe_pending:
+                # RFC 9002, 7: probes may exceed the window.
+                room = datagram_bytes
+            elif congestion.bytes_in_flight:
+                # What is left of the window would make a small packet of a large one.
+                room = 0
+        if len(self._space.sent_packets) >= PACKETS_IN_FLIGHT_MAX:
             room = 0
-        if room < self._max_datagram_size and (self._probe_pending or self._handshake_data_stranded()):
+        builder = self._builder
+        if builder is None:
+            builder = self._builder = self._new_builder(datagram_bytes)
+        builder.begin_pass(
+            packet_number=self._packet_number,
+            peer_cid=self._peer_cid.cid,
+            spin_bit=self._spin_bit,
+            datagram_bytes=datagram_bytes,
+            flight_bytes_max=room,
+        )
+        try:
+            self._write_packets(builder, path, now, count_max)
+        except QuicPacketBuilderStop:
+            pass
+        datagrams = self._flush_builder(builder=builder, network_path=path, peer_cid=b"", now=now)
+        if (probe_bytes := self.mtu.next_probe_bytes(now)) is not None:
+            datagrams += self._write_mtu_probe(probe_bytes, path, now)
+        return datagrams
+
+    def _early_pass(self, path: QuicNetworkPath, now: float, count_max: int) -> list[tuple[bytes, Any]]:
+        """During the handshake and while the peer's address is not validated."""
+        datagram_bytes = self._max_datagram_size
+        builder = self._new_builder(datagram_bytes)
+        room = self._loss.congestion_window - self._loss.bytes_in_flight
+        if room < datagram_bytes and (self._probe_pending or self._handshake_data_stranded()):
             # RFC 9002, 7: probes may exceed the window; so may a handshake that nothing else would wake.
-            room = self._max_datagram_size
-        if self._space is not None and len(self._space.sent_packets) >= PACKETS_IN_FLIGHT_MAX:
-            room = 0
+            room = datagram_bytes
         builder.max_flight_bytes = room
         if not path.is_validated:
             builder.max_total_bytes = path.bytes_received * 3 - path.bytes_sent
@@ -143,11 +176,9 @@ class SendingConnection(ReceivingConnection):
             self._write_packets(builder, path, now, count_max)
         except QuicPacketBuilderStop:
             pass
-        datagrams = self._flush_builder(builder=builder, network_path=path, peer_cid=self._peer_cid.cid, now=now)
-        if self._is_steady:
-            if (probe_bytes := self.mtu.next_probe_bytes(now)) is not None:
-                datagrams += self._write_mtu_probe(probe_bytes, path, now)
-        elif self._handshake_complete:
+        datagrams = self._flush_builder(builder=builder, network_path=path, peer_cid=b"", now=now)
+        self._builder = None
+        if self._handshake_complete:
             datagrams += self._probe_paths(now)
         return datagrams
 
@@ -178,12 +209,17 @@ class SendingConnection(ReceivingConnection):
                 if self._is_client and any(packet.epoch is Epoch.HANDSHAKE for packet in packets):
                     # RFC 9001, 4.9.1: a client discards Initial keys when it first sends a Handshake packet.
                     self._discard_epoch(Epoch.INITIAL)
-            if not self._ack_eliciting_sent_since_receipt and any(packet.is_ack_eliciting for packet in packets):
-                # RFC 9000, 10.1: the idle timer begins again with the first such packet since one was received.
-                self._close_at = now + self._idle_timeout()
-                self._ack_eliciting_sent_since_receipt = True
+            if not self._ack_eliciting_sent_since_receipt:
+                for packet in packets:
+                    if packet.is_ack_eliciting:
+                        # RFC 9000, 10.1: the idle timer begins again with the first such packet since one was received.
+                        self._close_at = now + self._idle_timeout()
+                        self._ack_eliciting_sent_since_receipt = True
+                        break
         address = network_path.addr
-        network_path.bytes_sent += sum(map(len, datagrams))
+        if not network_path.is_validated:
+            # Only the limit against amplification asks for it (RFC 9000, 8.1).
+            network_path.bytes_sent += sum(map(len, datagrams))
         return [(datagram, address) for datagram in datagrams]
 
     def _probe_paths(self, now: float) -> list[tuple[bytes, Any]]:
@@ -214,9 +250,10 @@ class SendingConnection(ReceivingConnection):
         if not crypto.send.is_valid():
             return
         packet_type = QuicPacketType.ZERO_RTT if is_early else QuicPacketType.ONE_RTT
-        self._drop_finished()
+        if self._finished or self._streams_queue:
+            self._drop_finished()
         pacer = self._loss._pacer
-        credit_bytes = pacer.credit_bytes(now)
+        credit_bytes = self._loss.pacing_credit_bytes(now)
         ack_at = None if is_early else self._space.ack_at
         # An acknowledgement that is due is not paced.
         if credit_bytes <= 0 and (ack_at is None or ack_at > now):
@@ -226,7 +263,8 @@ class SendingConnection(ReceivingConnection):
         builder.start_packet(packet_type, crypto)
         if ack_at is not None and (ack_at <= now or self._lanes or self._datagrams_pending):
             self._write_ack(builder, self._space, now)
-        self._write_control(builder, network_path, now, is_early)
+        if not self._is_steady or self._has_control():
+            self._write_control(builder, network_path, now, is_early)
         while True:
             if self._datagrams_pending:
                 self._write_datagrams(builder)
@@ -251,11 +289,8 @@ class SendingConnection(ReceivingConnection):
             self._write_ack_frame(builder=builder, space=space, now=now)
             return
         received = space.ack_queue[0]
-        buf = builder.start_frame(
-            QuicFrameType.ACK,
-            capacity=_ACK_FRAME_CAPACITY,
-            handler=self._on_ack_delivery,
-            handler_args=(space, space.largest_received_packet),
+        buf = builder.start_ack_frame(
+            _ACK_FRAME_CAPACITY, self._on_ack_delivery, (space, space.largest_received_packet)
         )
         buf.push_uint_var(received.stop - 1)
         buf.push_uint_var(int((now - space.largest_received_time) * 1e6) >> self._local_ack_delay_exponent)
@@ -516,6 +551,17 @@ class SendingConnection(ReceivingConnection):
 
     def get_timer(self) -> float | None:
         """When `handle_timer` wants to be called."""
-        at = super().get_timer()
-        probe_at = self.mtu.timer()
-        return at if at is None or probe_at is None or self._state in END_STATES else min(at, probe_at)
+        if not self._is_steady or self._state in END_STATES:
+            return super().get_timer()
+        space, loss = self._space, self._loss
+        at: float = self._close_at or 0.0
+        loss_at = space.loss_time
+        if loss_at is None and space.ack_eliciting_in_flight:
+            # RFC 9002, 6.2.1.
+            timeout_s = loss.get_probe_timeout() * 2**loss._pto_count
+            loss_at = loss._time_of_last_sent_ack_eliciting_packet + timeout_s
+        self._loss_at = loss_at
+        for other in (loss_at, space.ack_at, self._pacing_at, self.mtu.timer()):
+            if other is not None and other < at:
+                at = other
+        return at
