@@ -22,7 +22,9 @@ sends next), `send_buffer` and `windows` (bytes held by us and by the peer). Wha
 from typing import Any
 
 from aioquic.quic import events
-from aioquic.quic.connection import QuicReceiveContext
+from aioquic.quic.connection import QuicConnectionError, QuicReceiveContext
+from aioquic.quic.packet import QuicErrorCode
+from aioquic.quic.stream import StreamFinishedError
 
 from quorate_protocol.limits import (
     CONNECTION_WINDOW_BYTES,
@@ -33,8 +35,9 @@ from quorate_protocol.limits import (
 )
 from quorate_protocol.transport.api import Priority
 from quorate_protocol.transport.engine.lanes import Stream
-from quorate_protocol.transport.engine.send_buffer import Account, SendBuffer
+from quorate_protocol.transport.engine.send_buffer import Account
 from quorate_protocol.transport.engine.sending import SendingConnection
+from quorate_protocol.transport.engine.stream_state import StreamState
 from quorate_protocol.transport.engine.windows import ReceiveWindow
 
 
@@ -56,9 +59,26 @@ class Connection(SendingConnection):
     # --- for the engine ---
 
     def open_stream(self, *, bidirectional: bool, priority: Priority) -> int:
-        """Takes the next id."""
-        stream_id = self.get_next_available_stream_id(is_unidirectional=not bidirectional)
-        stream = self._get_or_create_stream_for_send(stream_id)
+        """Takes the next id, which the peer's limit has to allow."""
+        if bidirectional:
+            stream_id, count_max = self._local_next_stream_id_bidi, self._remote_max_streams_bidi
+            self._local_next_stream_id_bidi = stream_id + 4
+            local_bytes = self._local_max_stream_data_bidi_local
+            remote_bytes = self._remote_max_stream_data_bidi_remote
+        else:
+            stream_id, count_max = self._local_next_stream_id_uni, self._remote_max_streams_uni
+            self._local_next_stream_id_uni = stream_id + 4
+            local_bytes, remote_bytes = 0, self._remote_max_stream_data_uni
+        assert stream_id // 4 < count_max, "can_open_stream comes first"
+        stream: Any = StreamState(
+            stream_id,
+            self.account,
+            max_stream_data_local=local_bytes,
+            max_stream_data_remote=remote_bytes,
+            readable=bidirectional,
+            writable=True,
+        )
+        self._streams[stream_id] = stream
         self._lanes.set_priority(stream, priority)
         return stream_id
 
@@ -157,20 +177,38 @@ class Connection(SendingConnection):
     def _get_or_create_stream(self, frame_type: int, stream_id: int) -> Stream:
         if (stream := self._streams.get(stream_id)) is not None:
             return stream
-        before = self._stream_limit(stream_id).used if (stream_id & 1 == 0) != self._is_client else 0
-        stream = super()._get_or_create_stream(frame_type, stream_id)
-        if stream_id & 2 == 0:
-            # It has opened those below it, too (RFC 9000, 2.1).
-            for new_id in range(before * 4 + stream_id % 4, stream_id + 4, 4):
-                self._streams[new_id].sender = SendBuffer(new_id, self.account)
-        return stream
-
-    def _get_or_create_stream_for_send(self, stream_id: int) -> Stream:
-        stream = self._streams.get(stream_id)
-        if stream is None:
-            stream = super()._get_or_create_stream_for_send(stream_id)
-            stream.sender = SendBuffer(stream_id, self.account)
-        return stream
+        if self._stream_is_discarded(stream_id):
+            raise StreamFinishedError
+        if (stream_id & 1 == 0) == self._is_client:
+            raise QuicConnectionError(
+                error_code=QuicErrorCode.STREAM_STATE_ERROR,
+                frame_type=frame_type,
+                reason_phrase="Wrong stream initiator",
+            )
+        limit = self._stream_limit(stream_id)
+        count = stream_id // 4 + 1
+        if count > limit.value:
+            raise QuicConnectionError(
+                error_code=QuicErrorCode.STREAM_LIMIT_ERROR,
+                frame_type=frame_type,
+                reason_phrase="Too many streams open",
+            )
+        is_bidirectional = stream_id & 2 == 0
+        # A stream opens all those of its kind with lower ids, too (RFC 9000, 2.1).
+        for new_id in range(limit.used * 4 + stream_id % 4, stream_id + 4, 4):
+            new: Any = StreamState(
+                new_id,
+                self.account,
+                max_stream_data_local=(
+                    self._local_max_stream_data_bidi_remote if is_bidirectional else self._local_max_stream_data_uni
+                ),
+                max_stream_data_remote=self._remote_max_stream_data_bidi_local if is_bidirectional else 0,
+                readable=True,
+                writable=is_bidirectional,
+            )
+            self._streams[new_id] = new
+        limit.used = count
+        return self._streams[stream_id]
 
     def _handle_max_data_frame(self, context: QuicReceiveContext, frame_type: int, buf: Any) -> None:
         super()._handle_max_data_frame(context, frame_type, buf)

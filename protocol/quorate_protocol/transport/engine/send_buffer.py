@@ -4,6 +4,9 @@ Stands where aioquic's `QuicStreamSender` does. Nearly all bytes are sent once a
 order; that costs two counters here, and sets of ranges only serve what was lost or overtaken.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from aioquic.quic.packet_builder import QuicDeliveryState
 from aioquic.quic.rangeset import RangeSet
 from aioquic.quic.stream import QuicStreamSender
@@ -25,10 +28,23 @@ class SendBuffer(QuicStreamSender):
     """The sending half of one stream. `highest_offset` is where bytes that were never sent begin."""
 
     def __init__(self, stream_id: int, account: Account) -> None:
-        super().__init__(stream_id, True)
+        # Not by aioquic's: it makes two sets of ranges that most streams never need.
+        self.buffer_is_empty = True
+        self.highest_offset = 0
+        self.is_finished = False
+        self.reset_pending = False
+        self._acked_fin = False
+        self._buffer = bytearray()
+        self._buffer_fin: int | None = None
+        self._buffer_start = 0
+        self._buffer_stop = 0
+        self._pending_eof = False
+        self._reset_error_code: int | None = None
+        self._stream_id = stream_id
         self._account = account
-        #: Ranges that were sent and lost.
-        self._lost = RangeSet()
+        #: Ranges that were acknowledged before what precedes them, and those that were sent and lost.
+        self._acked: Any = ()
+        self._lost: Sequence[range] = ()
 
     @property
     def held_bytes(self) -> int:
@@ -68,6 +84,7 @@ class SendBuffer(QuicStreamSender):
         if len(self._lost):
             lost = self._lost[0]
             start, stop = lost.start, min(lost.stop, lost.start + size_max)
+            assert isinstance(self._lost, RangeSet)
             self._lost.subtract(start, stop)
         else:
             start = self.highest_offset
@@ -102,7 +119,7 @@ class SendBuffer(QuicStreamSender):
         if delivery is not QuicDeliveryState.ACKED:
             start = max(start, self._buffer_start)
             if stop > start:
-                self._lost.add(start, stop)
+                self._lost = _with(self._lost, start, stop)
                 self.buffer_is_empty = False
             if fin:
                 self._pending_eof = True
@@ -112,9 +129,9 @@ class SendBuffer(QuicStreamSender):
             if start == self._buffer_start and not len(self._acked):
                 self._release(stop)
             else:
-                self._acked.add(start, stop)
-                if self._acked[0].start == self._buffer_start:
-                    self._release(self._acked.shift().stop)
+                self._acked = acked = _with(self._acked, start, stop)
+                if acked[0].start == self._buffer_start:
+                    self._release(acked.shift().stop)
         if fin:
             self._acked_fin = True
         if self._acked_fin and self._buffer_start == self._buffer_fin:
@@ -131,8 +148,7 @@ class SendBuffer(QuicStreamSender):
         self._account.held_bytes -= self.held_bytes
         self._buffer_start = self._buffer_stop
         self._buffer.clear()
-        self._lost = RangeSet()
-        self._acked = RangeSet()
+        self._lost = self._acked = ()
         self.buffer_is_empty = True
 
     def _release(self, stop: int) -> None:
@@ -140,3 +156,11 @@ class SendBuffer(QuicStreamSender):
         del self._buffer[:count]
         self._buffer_start = stop
         self._account.held_bytes -= count
+
+
+def _with(ranges: Sequence[range], start: int, stop: int) -> RangeSet:
+    """The ranges with one more: the same set, or the first."""
+    if not isinstance(ranges, RangeSet):
+        ranges = RangeSet()
+    ranges.add(start, stop)
+    return ranges

@@ -250,7 +250,7 @@ class SendingConnection(ReceivingConnection):
         if not crypto.send.is_valid():
             return
         packet_type = QuicPacketType.ZERO_RTT if is_early else QuicPacketType.ONE_RTT
-        if self._finished or self._streams_queue:
+        if self._finished:
             self._drop_finished()
         pacer = self._loss._pacer
         credit_bytes = self._loss.pacing_credit_bytes(now)
@@ -396,9 +396,6 @@ class SendingConnection(ReceivingConnection):
         except QuicPacketBuilderStop:
             return True
         while not sender.buffer_is_empty:
-            if stream.is_blocked:
-                self._held[stream_id] = stream
-                return False
             offset = sender.next_offset
             overhead = 3 + size_uint_var(stream_id) + (size_uint_var(offset) if offset else 0)
             room = builder.remaining_flight_space - overhead
@@ -449,8 +446,6 @@ class SendingConnection(ReceivingConnection):
         buf.push_uint_var(frame.final_size)
 
     def _drop_finished(self) -> None:
-        # aioquic appends every new stream to the queue that our lanes replace.
-        self._streams_queue.clear()
         while self._finished:
             stream_id = self._finished.pop().stream_id
             if self._streams.pop(stream_id, None) is None:
