@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import asyncio
 import logging
 from collections.abc import Iterator
 
@@ -10,6 +11,10 @@ from hypothesis import settings
 # No time limit for one example: the machine may be busy. A failure prints what reproduces it.
 settings.register_profile("quorate", deadline=None, print_blob=True)
 settings.load_profile("quorate")
+
+# Otherwise pytest-asyncio's first question for the current loop makes one that nobody closes, and some later test gets
+# the blame.
+asyncio.set_event_loop(None)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from quorate_protocol.transport.address import (
     format_address,
     join_host_port,
     parse_listen_address,
+    parse_memory_name,
     parse_url,
 )
 
@@ -64,6 +65,26 @@ def test_what_is_no_url_is_shown_with_an_example(url, problem):
     assert repr(url) in text
     assert problem in text
     assert "an address looks like quic://HOST:PORT" in text
+
+
+@pytest.mark.parametrize("name", ["coordinator", "a", "localhost", "a.b-c_d.9", "x" * 255])
+def test_addresses_in_memory_are_names(name):
+    parsed = parse_url(f"memory:{name}")
+    assert parsed == LinkUrl("memory", name, 0)
+    assert str(parsed) == f"memory:{name}"
+    assert parse_memory_name(f"memory:{name}", "listen") == name
+    assert format_address((name, 0)) == f"memory:{name}"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "//name", "a/b", "a:1", "a b", ".a", "a-", "ä", "x" * 256, "a\n", "client-1", "a?b"]
+)
+def test_what_is_no_name_in_memory_is_shown_with_an_example(name):
+    for read in (parse_url, lambda text: parse_memory_name(text, "coordinator address")):
+        with pytest.raises(ConfigurationError, match="one looks like memory:NAME") as caught:
+            read(f"memory:{name}")
+        assert repr(f"memory:{name}") in str(caught.value)
+        assert caught.value.path == "coordinator address"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 >>> server = await listen("127.0.0.1:0", tls=ServerTls(certificate, key))      # doctest: +SKIP
 >>> connection = await connect("quic://localhost:4433", tls=ClientTls(ca))     # doctest: +SKIP
+
+Inside one process, and for simulation, an address is `memory:NAME` and `MemoryNetwork` the wire.
 """
 
 from quorate_protocol.transport.api import (
@@ -17,6 +19,7 @@ from quorate_protocol.transport.api import (
     ServerStats,
     ServerTls,
 )
+from quorate_protocol.transport.memory import MemoryNetwork
 from quorate_protocol.transport.quic import ALPN, connect, listen
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "Connection",
     "ConnectionStats",
     "Datagrams",
+    "MemoryNetwork",
     "Priority",
     "ReceiveStream",
     "SendStream",

@@ -1,5 +1,6 @@
 """Addresses and URLs: what people write and what sockets want."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -9,25 +10,38 @@ from quorate_protocol.errors import ConfigurationError
 #: Port of the coordinator where none is named.
 DEFAULT_PORT: Final = 4433
 
+#: What the addresses of links inside one process begin with.
+MEMORY_PREFIX: Final = "memory:"
+
+#: As host names, so that a certificate can be made out to one; clients' names are given by the network.
+_MEMORY_NAME: Final = re.compile(r"(?!client-)[A-Za-z0-9]([A-Za-z0-9._-]{0,253}[A-Za-z0-9])?", re.ASCII)
+
 
 @dataclass(frozen=True, slots=True)
 class LinkUrl:
     """A parsed link address."""
 
+    #: `quic` or `memory`.
     scheme: str
+    #: Host, or the name of a link inside this process.
     host: str
+    #: UDP port; 0 for `memory`.
     port: int
 
     def __str__(self) -> str:
+        if self.scheme == "memory":
+            return MEMORY_PREFIX + self.host
         return f"{self.scheme}://{join_host_port(self.host, self.port)}"
 
 
 def parse_url(url: str) -> LinkUrl:
-    """Reads `quic://HOST[:PORT]`; the port is 4433 where none is named.
+    """Reads `quic://HOST[:PORT]`, the port 4433 where none is named, and `memory:NAME`.
 
     Raises:
         ConfigurationError: not such an address; the text says what is wrong with it.
     """
+    if url.startswith(MEMORY_PREFIX):
+        return LinkUrl("memory", parse_memory_name(url, "coordinator address"), 0)
     example = "an address looks like quic://HOST:PORT, such as quic://localhost:4433"
     try:
         parts = urlsplit(url)
@@ -43,6 +57,22 @@ def parse_url(url: str) -> LinkUrl:
     if port == 0:
         raise ConfigurationError("coordinator address", f"{url!r}: port 0 cannot be connected to; {example}")
     return LinkUrl("quic", host, port if port is not None else DEFAULT_PORT)
+
+
+def parse_memory_name(address: str, setting: str) -> str:
+    """The NAME of `memory:NAME`.
+
+    Raises:
+        ConfigurationError: not such an address; `setting` is where it was written.
+    """
+    name = address.removeprefix(MEMORY_PREFIX)
+    if not address.startswith(MEMORY_PREFIX) or _MEMORY_NAME.fullmatch(name) is None:
+        raise ConfigurationError(
+            setting,
+            f"{address!r} is not an address in memory: one looks like memory:NAME, with a name of up to 255 letters, "
+            "digits, dots, hyphens and underscores, such as memory:coordinator; client-… are the network's own",
+        )
+    return name
 
 
 def parse_listen_address(text: str) -> tuple[str, int]:
@@ -71,6 +101,11 @@ def join_host_port(host: str, port: int) -> str:
 
 
 def format_address(address: Any) -> str:
-    """A socket's address for people; IPv4 seen through a dual-stack socket is shown as IPv4."""
+    """A socket's address for people; IPv4 seen through a dual-stack socket is shown as IPv4.
+
+    No datagram comes from port 0: that is an address in memory.
+    """
     host, port = address[0], address[1]
+    if port == 0:
+        return f"{MEMORY_PREFIX}{host}"
     return join_host_port(host.removeprefix("::ffff:") if "." in host else host, port)

@@ -1,23 +1,28 @@
-"""`connect` and `listen` for raw QUIC links."""
+"""`connect` and `listen` for raw QUIC links, over UDP and inside one process."""
 
 import asyncio
 import socket
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from quorate_protocol.errors import Code, ConfigurationError, ConnectFailed, ConnectionClosed, ServerClosed
 from quorate_protocol.limits import UDP_PAYLOAD_BYTES_MAX
 from quorate_protocol.transport.address import (
+    MEMORY_PREFIX,
     LinkUrl,
     format_address,
     join_host_port,
     parse_listen_address,
+    parse_memory_name,
     parse_url,
 )
 from quorate_protocol.transport.api import ClientTls, Connection, Server, ServerTls
 from quorate_protocol.transport.connection import QuicConnection
 from quorate_protocol.transport.endpoint import Endpoint
 from quorate_protocol.transport.engine import AioquicFactory
+from quorate_protocol.transport.memory import MemoryNetwork, process_network
 from quorate_protocol.transport.packets import PacketPort
 from quorate_protocol.transport.udp import UdpPort, bind_udp
 
@@ -38,15 +43,18 @@ async def connect(
     timeout_s: float = 10.0,
     protocols: tuple[str, ...] = (ALPN,),
     udp_payload_bytes_max: int = UDP_PAYLOAD_BYTES_MAX,
+    network: MemoryNetwork | None = None,
 ) -> Connection:
     """Opens a link to a coordinator; returns when the handshake is complete.
 
     Args:
-        url: `quic://HOST[:PORT]`. Where the name has several addresses, each is tried in turn.
+        url: `quic://HOST[:PORT]`, or `memory:NAME` inside this process. Where a host has several addresses, each is
+            tried in turn.
         tls: whom to trust; None trusts the system's authorities.
         timeout_s: seconds for all of it; with several addresses, an equal share of what is left for each.
         protocols: application protocols to offer, best first.
         udp_payload_bytes_max: where path MTU discovery (RFC 8899) stops, from 1200 (none) to 16,383.
+        network: what carries a link in memory; None is the process's own, which is perfect.
 
     Raises:
         ConfigurationError: `url` is not an address, or the authorities' file cannot be read.
@@ -56,6 +64,16 @@ async def connect(
     factory = AioquicFactory(udp_payload_bytes_max)
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + timeout_s
+    if parsed.scheme == "memory":
+        wire = network or process_network()
+        try:
+            async with asyncio.timeout_at(ends_at):
+                return await _connect_to(
+                    parsed, wire.bind, (parsed.host, 0), factory, tls or ClientTls(), list(protocols)
+                )
+        except TimeoutError:
+            raise ConnectFailed(url, f"no answer within {timeout_s:g} s") from None
+    _refuse_network(network)
     silence = (
         f"no answer within {timeout_s:g} s; is the coordinator running, and does the network let UDP "
         f"port {parsed.port} through?"
@@ -73,7 +91,9 @@ async def connect(
         share_s = (ends_at - loop.time()) / (len(found) - tried)
         try:
             async with asyncio.timeout(share_s):
-                return await _connect_to(parsed, family, address, factory, tls or ClientTls(), list(protocols))
+                return await _connect_to(
+                    parsed, partial(_udp_port, family), address, factory, tls or ClientTls(), list(protocols)
+                )
         except ConnectFailed as error:
             problems.setdefault(error.problem, format_address(address))
         except TimeoutError:
@@ -85,7 +105,7 @@ async def connect(
 
 async def _connect_to(
     url: LinkUrl,
-    family: int,
+    make_port: Callable[[], PacketPort],
     address: tuple[object, ...],
     factory: AioquicFactory,
     tls: ClientTls,
@@ -93,7 +113,7 @@ async def _connect_to(
 ) -> Connection:
     engine = factory.client(tls, url.host, protocols)
     try:
-        endpoint = Endpoint(UdpPort(bind_udp(family, None)), factory)
+        endpoint = Endpoint(make_port(), factory)
     except OSError as error:
         raise ConnectFailed(str(url), str(error)) from error
     try:
@@ -104,11 +124,20 @@ async def _connect_to(
         raise ConnectFailed(str(url), _explain(error, tls, protocols)) from None
     except OSError as error:
         await endpoint.close(Code.NO_ERROR, "")
-        raise ConnectFailed(str(url), str(error)) from error
+        raise ConnectFailed(str(url), error.strerror or str(error)) from error
     except BaseException:
         await endpoint.close(Code.NO_ERROR, "")
         raise
     return connection
+
+
+def _udp_port(family: int) -> PacketPort:
+    return UdpPort(bind_udp(family, None))
+
+
+def _refuse_network(network: MemoryNetwork | None) -> None:
+    if network is not None:
+        raise ConfigurationError("network", "is for memory:NAME; real networks have faults of their own")
 
 
 def _explain(error: ConnectionClosed, tls: ClientTls, protocols: list[str]) -> str:
@@ -198,22 +227,29 @@ async def listen(
     protocols: tuple[str, ...] = (ALPN,),
     backlog: int = 1024,
     udp_payload_bytes_max: int = UDP_PAYLOAD_BYTES_MAX,
+    network: MemoryNetwork | None = None,
 ) -> QuicServer:
     """Listens for links.
 
     Args:
-        address: `HOST:PORT` or `[IPV6]:PORT`; port 0 lets the kernel choose.
+        address: `HOST:PORT` or `[IPV6]:PORT`, where port 0 lets the kernel choose; or `memory:NAME`.
         tls: certificate and key to show.
         protocols: application protocols to accept, best first.
         backlog: connections that may wait to be accepted; more are turned away as busy.
         udp_payload_bytes_max: where path MTU discovery (RFC 8899) stops, from 1200 (none) to 16,383.
+        network: what carries links in memory; None is the process's own, which is perfect.
 
     Raises:
         ConfigurationError: not an address, the address is taken or not ours, certificate or key
             cannot be read.
     """
-    host, port = parse_listen_address(address)
     factory = AioquicFactory(udp_payload_bytes_max)
+    if address.startswith(MEMORY_PREFIX):
+        name = parse_memory_name(address, "listen")
+        factory.set_server(tls, list(protocols))
+        return QuicServer((network or process_network()).bind(name), factory, list(protocols), backlog)
+    _refuse_network(network)
+    host, port = parse_listen_address(address)
     factory.set_server(tls, list(protocols))
     loop = asyncio.get_running_loop()
     try:
