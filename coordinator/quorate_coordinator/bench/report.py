@@ -29,16 +29,21 @@ def show(result: Result, json_file: Path | None) -> None:
     )
     table.add_column("measured")
     compared = any(row.ratio is not None for row in result.rows)
-    for heading in ("value", "peer", *(("ratio",) if compared else ()), "target"):
+    peers = {row.peer for row in result.rows if row.peer is not None}
+    peer = peers.pop() if len(peers) == 1 else "peer"
+    for heading in ("value", peer, *(("ratio",) if compared else ()), "target"):
         table.add_column(heading, justify="right")
     table.add_column("")
     for row in result.rows:
         mark = {True: Text("met", style="green"), False: Text("missed", style="red"), None: Text("")}[row.met]
         ratio = (_ratio(row),) if compared else ()
-        table.add_row(row.name, number(row.value, row.unit), _peer(row), *ratio, _target(row), mark)
+        theirs = _peer(row, named=peer == "peer")
+        table.add_row(row.name, number(row.value, row.unit), theirs, *ratio, _target(row), mark)
     console.print(table)
     if compared:
-        console.print("ratio: how many times better than the peer, measured in the same run", style="dim", highlight=False)
+        console.print(
+            f"ratio: how many times better than {peer}, measured in the same run", style="dim", highlight=False
+        )
     for note, rows in _notes(result.rows):
         console.print(f"{', '.join(rows)}: {note}", style="dim", highlight=False)
     if json_file is not None:
@@ -93,10 +98,10 @@ def _ratio(row: Row) -> str:
     return "-" if row.ratio is None else f"{row.ratio:.2g} x" if row.ratio < 100 else f"{row.ratio:.0f} x"
 
 
-def _peer(row: Row) -> str:
+def _peer(row: Row, *, named: bool) -> str:
     if row.peer is None or row.peer_value is None:
         return "-"
-    return f"{number(row.peer_value, row.unit)} ({row.peer})"
+    return number(row.peer_value, row.unit) + (f" ({row.peer})" if named else "")
 
 
 def _target(row: Row) -> str:

@@ -150,7 +150,9 @@ class Children:
                 await pair.server.do("close")
         finally:
             if fresh:
-                await asyncio.gather(*(child.stop() for pair in linked.values() for child in (pair.client, pair.server)))
+                await asyncio.gather(
+                    *(child.stop() for pair in linked.values() for child in (pair.client, pair.server))
+                )
 
     async def _pair(self, side: str) -> Pair:
         if side not in self._pairs:

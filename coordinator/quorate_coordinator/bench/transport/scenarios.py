@@ -62,7 +62,9 @@ def _one_stream(name: str, ours: int | None, stock: int | None, target: float | 
                     count = warm[side]["count"]
                     taken_s = (await pair.client.do("transfer", count=count))["seconds"]
                     rates[side].append(count / taken_s / 1e6)
-        note = None if ours else f"ours came to datagrams of {warm[QUORATE]['udp_payload_bytes']} bytes, {PEER} has 1200"
+        note = (
+            None if ours else f"ours came to datagrams of {warm[QUORATE]['udp_payload_bytes']} bytes, {PEER} has 1200"
+        )
         return [
             Row(
                 name, "MB/s", median(rates[QUORATE]), PEER, median(rates[STOCK]),
@@ -141,7 +143,13 @@ def _overtaking() -> Scenario:
                         critical_bytes=CRITICAL_BYTES,
                     )
                     shares[side].append(100 * took["critical_s"] / took["bulk_s"])
-        return [Row(name, "%", median(shares[QUORATE]), PEER, median(shares[STOCK]), target=promised.OVERTAKE_PERCENT)]
+        note = f"{PEER} sends its streams in turn: what it takes for one is as large a share as it is of the bytes"
+        return [
+            Row(
+                name, "%", median(shares[QUORATE]), PEER, median(shares[STOCK]),
+                target=promised.OVERTAKE_PERCENT, note=note,
+            )
+        ]  # fmt: skip
 
     return Scenario("overtaking", (name,), measure)
 
