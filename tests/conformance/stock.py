@@ -8,13 +8,10 @@ from aioquic.buffer import Buffer
 from aioquic.quic import events
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import QuicConnection
-from aioquic.quic.packet import (
-    pull_quic_header,
-    pull_quic_transport_parameters,
-    push_quic_transport_parameters,
-)
+from aioquic.quic.packet import pull_quic_header
 
 from conformance.harness import World, make_world
+from other_quic import restated
 from quorate_coordinator.certificates import DevelopmentCredentials
 from quorate_protocol.errors import ConnectionClosed
 from quorate_protocol.transport import ALPN
@@ -34,12 +31,7 @@ class Peer(QuicConnection):
         super().__init__(**kwargs)
 
     def _serialize_transport_parameters(self) -> bytes:
-        parameters = pull_quic_transport_parameters(Buffer(data=super()._serialize_transport_parameters()))
-        for name, value in self.said.items():
-            setattr(parameters, name, value)
-        buffer = Buffer(capacity=4096)
-        push_quic_transport_parameters(buffer, parameters)
-        return buffer.data
+        return restated(super()._serialize_transport_parameters(), self.said)
 
     def _write_ping_frame(self, builder: Any, uids: Any = (), comment: str = "") -> None:
         super()._write_ping_frame(builder, uids, comment)
