@@ -212,10 +212,15 @@ class World:
         #: None until a datagram opens the connection.
         self.there: End | None = None
         self.count_max = count_max
+        #: What a stranger on the path sends beside each datagram, first and last: from whether it goes to the
+        #: server, and its bytes.
+        self.strange: Callable[[bool, bytes], tuple[list[bytes], list[bytes]]] = lambda to_server, datagram: ([], [])
         #: Most datagrams that one pass gave, for each end.
         self.pass_datagrams = {True: 0, False: 0}
         #: How often a timer asked to be handled again and again without the clock's moving.
         self.spins = 0
+        #: Other addresses that an end may have been made to write to; what it writes there is lost.
+        self.elsewhere: set[Any] = set()
         self._order = itertools.count()
         self._under_way: list[tuple[float, int, bool, bytes]] = []
 
@@ -292,8 +297,13 @@ class World:
             end = self._route(datagram, to_server)
             if end is not None:
                 self.deliver(end, datagram)
+                if end is self.there and not end.engine.is_established:
+                    # Nothing in the datagram that opened it was authentic: a driver forgets it.
+                    self.there = None
 
     def _route(self, datagram: bytes, to_server: bool) -> End | None:
+        if len(datagram) <= self.factory.connection_id_bytes:
+            return None
         if to_server and self.there is None:
             arrival = self.factory.inspect(datagram)
             if arrival is None or not arrival.opens:
@@ -314,12 +324,16 @@ class World:
             batch = end.engine.datagrams_to_send(self.now, self.count_max)
             self.pass_datagrams[end.is_client] = max(self.pass_datagrams[end.is_client], len(batch))
             for datagram, address in batch:
+                if address in self.elsewhere:
+                    continue
                 assert address == self._peer_address(end)
                 if len(datagram) > path.local_bytes_max:
                     end.engine.datagram_refused(len(datagram), self.now)
                     continue
                 for at in path.arrivals(datagram, self.now):
-                    heapq.heappush(self._under_way, (at, next(self._order), end.is_client, datagram))
+                    before, after = self.strange(end.is_client, datagram)
+                    for sent in (*before, datagram, *after):
+                        heapq.heappush(self._under_way, (at, next(self._order), end.is_client, sent))
             end.report()
             if len(batch) < self.count_max:
                 return
@@ -332,6 +346,8 @@ class World:
 
 def destination_id(datagram: bytes, connection_id_bytes: int) -> bytes:
     """Where a datagram wants to go: a long header has the length of the id (RFC 9000, 17.2), a short one has not."""
+    if len(datagram) < 6:
+        return b""
     return datagram[6 : 6 + datagram[5]] if datagram[0] & 0x80 else datagram[1 : 1 + connection_id_bytes]
 
 
@@ -367,8 +383,6 @@ def make_world(
         client = make_factory(**ceilings[0]).client(
             tls or ClientTls(ca_file=credentials.ca_file), "localhost", list(client_protocols)
         )
-    # What reproduces a failure, should there be one.
-    print(f"paths: {path} up: {up} down: {down}")  # noqa: T201
     return World(
         client,
         serving,

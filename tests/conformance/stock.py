@@ -40,6 +40,10 @@ class Peer(QuicConnection):
             payload = self.payloads.pop(0)
             builder._buffer.push_bytes(payload[: builder.remaining_flight_space])
 
+    def skip_packet_numbers(self, count: int) -> None:
+        """The next packet's number is as much higher as if so many had been lost."""
+        self._packet_number += count
+
     def inject(self, payload: bytes) -> None:
         """Sends a 1-RTT packet of its own whose payload is a PING and these bytes; owed: a send pass."""
         self.payloads.append(payload)
@@ -47,6 +51,9 @@ class Peer(QuicConnection):
 
 class StockEngine:
     """A stock connection behind what the harness needs of the port."""
+
+    #: Nobody sends it garbage before its first packet.
+    is_established = True
 
     def __init__(self, quic: Peer) -> None:
         self.quic = quic
