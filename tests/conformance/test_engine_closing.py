@@ -176,6 +176,7 @@ def test_a_client_that_waits_while_its_bytes_are_held_keeps_the_connection_alive
 VIOLATIONS = {
     "an unknown frame": frame(0x3F),
     "a cut frame": frame(0x08),
+    "a cut frame type": b"\x40",
     "too many bytes of a stream": frame(0x0C, 0, (1 << 40)) + b"x",
     "a stream over the limit": frame(0x08, 4 * 1_000_000) + b"x",
     "bytes behind the end": frame(0x0B, 0, 5, b"12345") + frame(0x0F, 0, 10, 3, b"abc"),

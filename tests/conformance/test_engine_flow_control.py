@@ -74,7 +74,8 @@ def test_the_peer_is_told_when_half_of_a_window_was_read(sides):
     assert len(there.seen.data[stream_id]) <= STREAM_WINDOW_BYTES + 100
     assert there.engine.consumed(stream_id, STREAM_WINDOW_BYTES // 2)
     world.rest(1.0)
-    assert len(there.seen.data[stream_id]) == STREAM_WINDOW_BYTES + 100 + STREAM_WINDOW_BYTES // 2
+    # As much more as was read, at least; a tuned window may be larger than before.
+    assert len(there.seen.data[stream_id]) >= STREAM_WINDOW_BYTES + 100 + STREAM_WINDOW_BYTES // 2
 
 
 @pytest.mark.parametrize("how", ["reset", "stop", "reset in flight"])

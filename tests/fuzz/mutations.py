@@ -1,6 +1,6 @@
 """Bytes that are nearly right: good ones with bits flipped, pieces cut out, doubled or swapped for others."""
 
-from typing import Any
+import random
 
 from hypothesis import strategies as st
 
@@ -41,6 +41,28 @@ def mutated(draw: st.DrawFn, originals: st.SearchStrategy[bytes], changes_max: i
     return bytes(data)
 
 
-def strategies_of(*values: bytes) -> Any:
-    """One of these, changed."""
-    return mutated(st.sampled_from(values))
+def tampered(rng: random.Random, datagram: bytes, earlier: list[bytes]) -> bytes:
+    """One datagram of a stranger's, made from those that he has seen."""
+    match rng.randrange(8):
+        case 0:
+            return rng.randbytes(rng.choice([1, 8, 20, 21, 50, 1200, 1500]))
+        case 1:
+            return datagram[: rng.randrange(len(datagram) + 1)]
+        case 2:
+            return datagram + rng.randbytes(rng.randrange(1, 100))
+        case 3:
+            return rng.choice(earlier)
+        case 4:
+            # The plain part of the header, and garbage behind it.
+            keep = rng.randrange(1, min(len(datagram), 60) + 1)
+            return datagram[:keep] + rng.randbytes(len(datagram) - keep)
+        case 5:
+            # Two datagrams in one (RFC 9000, 12.2).
+            return rng.choice(earlier) + datagram
+        case _:
+            changed = bytearray(datagram)
+            for _ in range(rng.choice([1, 1, 1, 5, 50])):
+                # Early bytes are headers, where there is most to find.
+                at = rng.randrange(min(len(changed), rng.choice([8, 30, 100, len(changed)])))
+                changed[at] ^= 1 << rng.randrange(8)
+            return bytes(changed)

@@ -7,7 +7,7 @@ import time
 from structlog.testing import capture_logs
 
 from fuzz.budget import FUZZ_SECONDS
-from fuzz.test_fuzz_datagrams import tampered
+from fuzz.mutations import tampered
 from links import Nat, UdpSocket, connected, pair, ping_pong, serving, until, url_of
 
 #: Datagrams between two looks at the living connection.
