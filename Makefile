@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
+# Seconds for each fuzz test in `make fuzz`; without it, in `make test`, each looks for some seconds only.
+FUZZ_SECONDS ?= 60
+
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -29,7 +32,7 @@ GET_VENV := test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo 'Insta
 help: ## list the targets
 	@printf 'Quorate. Targets:\n\n'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PYTHON=%s VENV=%s ARGS="..." (for demo, test and bench)\n' '$(PYTHON)' '$(VENV)'
+	@printf '\nVariables: PYTHON=%s VENV=%s ARGS="..." (for demo, test, fuzz and bench)\n' '$(PYTHON)' '$(VENV)'
 
 .PHONY: demo
 demo: $(STAMP) ## one coordinator and six agents on a real data set (ARGS="--dataset phishing")
@@ -38,6 +41,10 @@ demo: $(STAMP) ## one coordinator and six agents on a real data set (ARGS="--dat
 .PHONY: test
 test: lint ## lint, then all tests (ARGS="-k settings")
 	@$(BIN)/python -m pytest --durations=15 --durations-min=1 $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(STAMP) ## look for trouble in the wire and the transport (FUZZ_SECONDS=600 for each test)
+	@QUORATE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz --timeout=0 $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, the formatter's check, mypy
