@@ -52,10 +52,10 @@ _TURN_DATAGRAMS_MAX: Final = 256
 _TURN_HOPS: Final = 3
 
 #: Share of the time that strangers may take, so that a flood of them leaves the rest to those who are in; and how
-#: much of it may be saved up, in seconds: some hundred agents that join at once. Beyond it an Initial is dropped
-#: unread, and its sender tries again.
+#: much of it may be saved up, in seconds: a handshake takes 2 to 3 ms, so that is some seven hundred agents at once, as
+#: after a restart. Beyond it an Initial is dropped unread, and its sender tries again.
 _HANDSHAKE_SHARE: Final = 0.25
-_HANDSHAKE_BURST_S: Final = 0.5
+_HANDSHAKE_BURST_S: Final = 2.0
 
 #: Debt up to which handshakes that have begun go on, in seconds: they are better finished than begun anew. Beyond it
 #: they wait as well, or one that is never finished could be fed with garbage without bound.

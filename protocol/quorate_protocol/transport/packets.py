@@ -35,9 +35,10 @@ class PacketReceiver(Protocol):
 class PacketPort(ABC):
     """Carries datagrams. Belongs to one event loop."""
 
-    #: What the cost of a stranger's datagram is measured with, in seconds. A port under virtual time has one that
-    #: stands still, so that its seed alone decides what happens.
-    work_clock: Callable[[], float] = staticmethod(time.perf_counter)
+    #: What the cost of a stranger's datagram is measured with, in seconds: the processor's time, because on a busy
+    #: machine others' work would be charged to it. A port under virtual time has a clock that stands still, so that its
+    #: seed alone decides what happens.
+    work_clock: Callable[[], float] = staticmethod(time.thread_time)
 
     @abstractmethod
     def attach(self, receiver: PacketReceiver, stats: ServerStats) -> None:
