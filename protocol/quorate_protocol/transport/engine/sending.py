@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from aioquic._buffer import Buffer
 from aioquic.buffer import size_uint_var
-from aioquic.quic.connection import END_STATES, Limit, QuicNetworkPath
+from aioquic.quic.connection import END_STATES, Limit, QuicConnectionState, QuicNetworkPath
 from aioquic.quic.packet import QuicFrameType, QuicPacketType, pull_quic_transport_parameters
 from aioquic.quic.packet_builder import QuicDeliveryState, QuicPacketBuilderStop
 from aioquic.tls import Epoch
@@ -39,6 +39,9 @@ _ACK_FRAME_CAPACITY: Final = 1 + 4 * 8
 #: Around one DATAGRAM frame in a 1-RTT packet, at the most: first byte and packet number 3, the
 #: peer's connection id 20 (it may change to a longer one at any time), frame header 3, tag 16.
 DATAGRAM_OVERHEAD_BYTES: Final = 42
+
+#: Transport parameter (RFC 9000, 18.2).
+_MAX_UDP_PAYLOAD_SIZE: Final = 0x03
 
 #: Timeouts in a row (RFC 9002, 6.2) after which packets larger than the least are taken to be what is lost.
 _BLACK_HOLE_TIMEOUTS: Final = 2
@@ -71,6 +74,9 @@ class SendingConnection(ReceivingConnection):
         #: Datagrams that were dropped before they were sent.
         self.datagrams_dropped = 0
         self._packets_since_ack = 0
+        #: What told the peer that we closed, and after how many more of its datagrams it is told again.
+        self._last_words: list[tuple[bytes, Any]] = []
+        self._close_again_at = 1
         #: Of the pass under way; that of a steady connection is used again and again.
         self._builder: Any = None
 
@@ -87,6 +93,8 @@ class SendingConnection(ReceivingConnection):
         """Whether a send pass may yield anything. It may say yes too often, never too rarely."""
         if not self._handshake_confirmed or self._close_pending:
             return True
+        if self._state in END_STATES:
+            return self._packets_since_close >= self._close_again_at
         if self._lanes or self._datagrams_pending or self._finished or not self._is_steady:
             return True
         ack_at = self._space.ack_at
@@ -118,13 +126,23 @@ class SendingConnection(ReceivingConnection):
     def datagrams_to_send(self, now: float, count_max: int = 64) -> list[tuple[bytes, Any]]:
         """The datagrams that may leave now, some more than `count_max` at the most."""
         self.clock = now
+        if self._close_pending:
+            self._last_words = super().datagrams_to_send(now)
+            return self._last_words
+        if self._state is QuicConnectionState.CLOSING:
+            return self._close_again()
         if self._state in END_STATES:
             return []
-        if self._close_pending:
-            return super().datagrams_to_send(now)
         self._pacing_at = None
         path = self._network_paths[0]
         return self._steady_pass(path, now, count_max) if self._is_steady else self._early_pass(path, now, count_max)
+
+    def _close_again(self) -> list[tuple[bytes, Any]]:
+        """Tells a peer that goes on speaking that we closed, ever more rarely (RFC 9000, 10.2.1)."""
+        if self._packets_since_close < self._close_again_at:
+            return []
+        self._close_again_at = 2 * self._packets_since_close
+        return self._last_words
 
     def _steady_pass(self, path: QuicNetworkPath, now: float, count_max: int) -> list[tuple[bytes, Any]]:
         datagram_bytes = self._max_datagram_size
@@ -534,6 +552,14 @@ class SendingConnection(ReceivingConnection):
         size_bytes = pull_quic_transport_parameters(Buffer(data=data)).max_udp_payload_size
         if size_bytes is not None:
             self.mtu.limit(size_bytes)
+
+    def _serialize_transport_parameters(self) -> bytes:
+        # RFC 9000, 18.2: whoever looks for no larger packets than this wants none either.
+        buf = Buffer(16)
+        buf.push_uint_var(_MAX_UDP_PAYLOAD_SIZE)
+        buf.push_uint_var(size_uint_var(self.mtu.ceiling_bytes))
+        buf.push_uint_var(self.mtu.ceiling_bytes)
+        return super()._serialize_transport_parameters() + buf.data
 
     def handle_timer(self, now: float) -> None:
         """The time that `get_timer` gave has come."""
