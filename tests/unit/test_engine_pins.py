@@ -11,6 +11,7 @@ from quorate_protocol.transport.engine import (
     packet_builder,
     pins,
     quic_connection,
+    receive_buffer,
     receiving,
     recovery,
     send_buffer,
@@ -40,6 +41,7 @@ def test_the_private_methods_that_we_rely_on_are_as_they_were():
         packet_builder.PacketBuilder,
         recovery.Recovery,
         send_buffer.SendBuffer,
+        receive_buffer.ReceiveBuffer,
     ],
     ids=lambda kind: kind.__name__,
 )

@@ -66,6 +66,8 @@ class ReceivingConnection(QuicConnection):
     def receive_datagram(self, data: bytes, addr: Any, now: float) -> None:
         """Takes in one UDP datagram."""
         self.clock = now
+        if not data:
+            return
         if self._state is QuicConnectionState.CLOSING:
             self._packets_since_close += 1
             return
@@ -235,7 +237,7 @@ class ReceivingConnection(QuicConnection):
             if (
                 offset == receiver._buffer_start
                 and length
-                and not receiver._buffer
+                and not receiver.has_gaps
                 and not receiver.is_finished
                 and receiver._final_size is None
                 and stop <= stream.max_stream_data_local
