@@ -16,6 +16,7 @@ from quorate_protocol.transport.engine import (
     recovery,
     send_buffer,
     sending,
+    writing,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,7 @@ def test_the_private_methods_that_we_rely_on_are_as_they_were():
     [
         quic_connection.Connection,
         sending.SendingConnection,
+        writing.WritingConnection,
         receiving.ReceivingConnection,
         packet_builder.PacketBuilder,
         recovery.Recovery,

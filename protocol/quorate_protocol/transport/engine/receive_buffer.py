@@ -31,7 +31,7 @@ class ReceiveBuffer(QuicStreamReceiver):
         #: Offset of the next byte to deliver.
         self._buffer_start = 0
         self._final_size: int | None = None
-        self._stream_id = stream_id
+        self._stream_id: int = stream_id
         self._stop_error_code: int | None = None
         #: Pieces beyond it: where they begin, ascending, and their bytes. They do not overlap.
         self._starts: list[int] = []

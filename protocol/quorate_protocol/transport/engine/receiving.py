@@ -219,7 +219,8 @@ class ReceivingConnection(QuicConnection):
         try:
             return super()._payload_received(context, plain, crypto_frame_required)
         except QuicConnectionError as error:
-            if error.frame_type is None:
+            unknown: Any = error.frame_type
+            if unknown is None:
                 # To aioquic's `close` that means an application's code; 0 is a transport's, of no known frame (RFC
                 # 9000, 19.19).
                 error.frame_type = QuicFrameType.PADDING
