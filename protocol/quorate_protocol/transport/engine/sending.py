@@ -32,7 +32,7 @@ ACK_EVERY_PACKETS: Final = 10
 _MAX_UDP_PAYLOAD_SIZE: Final = 0x03
 
 #: Timeouts in a row (RFC 9002, 6.2) after which packets larger than the least are taken to be what is lost.
-_BLACK_HOLE_TIMEOUTS: Final = 2
+_BLACK_HOLE_TIMEOUTS: Final = 3
 
 
 class SendingConnection(WritingConnection):
