@@ -171,7 +171,7 @@ def transits(credentials, seed: int) -> list[Transit]:
     trace: list[Transit] = []
 
     async def main() -> None:
-        network = MemoryNetwork(seed, **BAD, on_transit=trace.append)
+        network = MemoryNetwork(seed, **BAD, mtu_bytes=1452, on_transit=trace.append)
         async with memory_linked(credentials, network) as link:
             await transfer(link, noise(200_000))
 

@@ -411,3 +411,86 @@ async def test_a_flood_of_newcomers_leaves_time_to_those_who_are_in(credentials,
     # Who goes on trying gets in.
     newcomer = await connected(server, url_of(server), credentials, timeout_s=PATIENCE_S)
     await newcomer.here.close()
+
+
+async def test_a_flood_of_garbage_leaves_time_to_those_who_are_in(credentials, server, link, monkeypatch):
+    """It is paid from the same share as handshakes, and what is beyond that is dropped unread."""
+    monkeypatch.setattr(endpoint_module, "_HANDSHAKE_SHARE", 0.02)
+    monkeypatch.setattr(endpoint_module, "_HANDSHAKE_BURST_S", 0.01)
+    rng = random.Random(21)
+    kinds = [
+        lambda: made_up(to=rng.randbytes(8)),
+        lambda: made_up(to=rng.randbytes(8), first_byte=0xE0),
+        lambda: made_up(to=b"destined", version=0x1A2A3A4A),
+        lambda: b"\xc0" + rng.randbytes(60),
+        lambda: b"\x40" + rng.randbytes(60),
+        lambda: b"",
+    ]
+    inspect, inspected = server._factory.inspect, 0
+
+    def counted(datagram):
+        nonlocal inspected
+        inspected += 1
+        return inspect(datagram)
+
+    monkeypatch.setattr(server._factory, "inspect", counted)
+    streams = await pair(link)
+    unknown_before = server.stats.udp_datagrams_unknown
+    count = 12_000
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        for number in range(count):
+            sock.sendto(kinds[number % len(kinds)](), server.address)
+            if number % 200 == 0:
+                await ping_pong(*streams)
+    await ping_pong(*streams)
+    # The kernel may have dropped some, in its hurry.
+    assert count // 2 < server.stats.udp_datagrams_unknown - unknown_before <= count
+    assert server.stats.handshakes_refused > 0
+    # Two thirds have long headers.
+    assert 0 < inspected < count // 2
+    assert server.stats.connections == 1
+    assert not link.there.is_closed
+
+
+async def test_beyond_their_share_nothing_that_strangers_send_is_read(credentials, server, link, monkeypatch):
+    endpoint = server._endpoint
+    monkeypatch.setattr(endpoint_module, "_HANDSHAKE_SHARE", 0.0)
+    monkeypatch.setattr(server._factory, "inspect", lambda datagram: 1 / 0)
+    endpoint._handshake_credit_s = 0.0
+    unknown_before = server.stats.udp_datagrams_unknown
+    with UdpSocket(server.address) as stranger:
+        stranger.send(first_flight(credentials, server))
+        stranger.send(made_up(to=b"destined", first_byte=0xE0))
+        stranger.send(made_up(to=b"destined", size=100))
+        stranger.send(b"\x40" + noise(100))
+        await until(lambda: server.stats.udp_datagrams_unknown == unknown_before + 4)
+    # Those that might have opened a connection.
+    assert server.stats.handshakes_refused == 2
+    await ping_pong(*await pair(link))
+
+
+async def test_a_handshake_that_is_fed_with_garbage_waits_with_the_others(credentials, server, link, monkeypatch):
+    """Whoever has begun one has an id that is routed, and could have everything decrypted that he sends to it."""
+    endpoint = server._endpoint
+    streams = await pair(link)
+    with UdpSocket(server.address) as stranger:
+        stranger.send(first_flight(credentials, server))
+        await until(lambda: server.stats.handshakes == 1)
+        (half_open,) = endpoint._handshakes
+        connection_id = half_open.engine.initial_connection_id
+        received = half_open.stats.udp_datagrams_received
+        # A debt that handshakes which have begun may make.
+        monkeypatch.setattr(endpoint_module, "_HANDSHAKE_SHARE", 0.0)
+        endpoint._handshake_credit_s = -0.5 * endpoint_module._HANDSHAKE_DEBT_S
+        stranger.send(b"\x40" + connection_id + noise(1000))
+        await until(lambda: half_open.stats.udp_datagrams_received == received + 1)
+        assert endpoint._handshake_credit_s < -0.5 * endpoint_module._HANDSHAKE_DEBT_S
+        # And one that they may not.
+        endpoint._handshake_credit_s = -endpoint_module._HANDSHAKE_DEBT_S
+        before = server.stats.udp_datagrams_received
+        for _ in range(20):
+            stranger.send(b"\x40" + connection_id + noise(1000))
+        await until(lambda: server.stats.udp_datagrams_received >= before + 20)
+        await ping_pong(*streams)
+        assert half_open.stats.udp_datagrams_received == received + 1
+        assert endpoint._handshake_credit_s == -endpoint_module._HANDSHAKE_DEBT_S
