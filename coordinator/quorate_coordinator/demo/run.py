@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from quorate_coordinator.feeding.report import LiveProgress, print_report
 from quorate_coordinator.feeding.run import AskOptions, feed
 from quorate_coordinator.feeding.tally import Tally
 from quorate_coordinator.learner.datasets import DATASETS, instances
+from quorate_coordinator.sigterm import raised_by_sigterm
 from quorate_protocol.client import Client
 from quorate_protocol.credentials import find_ca, find_token
 from quorate_protocol.errors import ConfigurationError, QuorateError
@@ -190,35 +190,6 @@ async def _labelled(dataset: str, limit: int | None) -> AsyncGenerator[tuple[Any
         yield features, label, True
 
 
-@contextlib.contextmanager
-def _cancelled_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the task, so that what it started is ended, too.
-
-    Raises:
-        DemoFailed: it came.
-    """
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    assert task is not None
-    came = False
-
-    def on_signal() -> None:
-        nonlocal came
-        came = True
-        task.cancel()
-
-    loop.add_signal_handler(signal.SIGTERM, on_signal)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not came:
-            raise
-        task.uncancel()
-        raise DemoFailed("ended by SIGTERM") from None
-    finally:
-        loop.remove_signal_handler(signal.SIGTERM)
-
-
 @contextlib.asynccontextmanager
 async def _fleet(
     dataset: str, *, seed: int, listen: str, http: str, quiet: bool
@@ -231,7 +202,7 @@ async def _fleet(
     """
     if dataset not in DATASETS:
         raise ConfigurationError("--dataset", f"{dataset!r} is none of {', '.join(DATASETS)}")
-    with _cancelled_by_sigterm(), tempfile.TemporaryDirectory(prefix="quorate-demo-") as name:
+    with raised_by_sigterm(), tempfile.TemporaryDirectory(prefix="quorate-demo-") as name:
         directory = Path(name)
         processes = _Processes(directory)
         # Whatever this shell has set for other coordinators is not meant for this one.
