@@ -21,6 +21,15 @@ class Row:
     target: float | None = None
     #: Whether a smaller value is the better one.
     lower_is_better: bool = True
+    #: What has to be known to read it, for people.
+    note: str | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times better than the peer, over 1 where it is better; None without a peer or with a value of 0."""
+        if not self.peer_value or not self.value:
+            return None
+        return self.peer_value / self.value if self.lower_is_better else self.value / self.peer_value
 
     @property
     def met(self) -> bool | None:
@@ -43,7 +52,7 @@ class Result:
         rows = []
         for row in self.rows:
             entry = asdict(row)
-            del entry["lower_is_better"]
+            del entry["lower_is_better"], entry["note"]
             rows.append({**entry, "met": row.met})
         return {"benchmark": self.benchmark, "machine": self.machine, "rows": rows}
 

@@ -38,6 +38,7 @@ EXIT_INTERRUPTED: Final = 130
 #: What each extra brings that the commands need, as import name.
 _EXTRA_MODULES: Final = {
     "coordinator": ("river", "prometheus_client", "starlette", "uvicorn", "pydantic_settings"),
+    "bench": ("matplotlib",),
 }
 
 CoordinatorOption = Annotated[
@@ -154,12 +155,12 @@ def _explain_invalid(error: ValidationError) -> str:
     )
 
 
-def require_extra(extra: str) -> None:
+def require_extra(extra: str, what: str = "this command") -> None:
     """Exits when an extra's packages are not installed, saying which and how to get them."""
     missing = [name for name in _EXTRA_MODULES[extra] if importlib.util.find_spec(name) is None]
     if missing:
         fail(
-            f"this command needs the extra [{extra}] (missing: {', '.join(missing)}); "
+            f"{what} needs the extra [{extra}] (missing: {', '.join(missing)}); "
             f"install it with: pip install 'quorate[{extra}]'",
             EXIT_USAGE,
         )

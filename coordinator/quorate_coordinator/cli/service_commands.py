@@ -113,6 +113,20 @@ def _demo_errors_shown() -> Iterator[None]:
             raise
 
 
+@contextlib.contextmanager
+def _bench_errors_shown() -> Iterator[None]:
+    """As `common.errors_shown`; when a process of a benchmark has failed, with the end of its log."""
+    from quorate_coordinator.bench.transport.children import BenchFailed
+
+    with common.errors_shown():
+        try:
+            yield
+        except BenchFailed as error:
+            if error.log_tail:
+                typer.echo(error.log_tail, err=True)
+            raise
+
+
 @bench.command("coordination")
 def bench_coordination(
     instances: Annotated[int, typer.Option(metavar="N", help="Rounds to measure.", min=10)] = 1000,
@@ -125,3 +139,47 @@ def bench_coordination(
 
     with _demo_errors_shown():
         show(asyncio.run(measure_coordination(instances)), json_file)
+
+
+@bench.command("transport")
+def bench_transport(
+    json_file: JsonFileOption = None,
+    picture_file: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE.png", help="Also draw the rows into this file.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="TEXT", help="Only rows with this in their name. Repeatable."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", help="How long one bulk transfer lasts.", min=0.05, max=30.0)
+    ] = 0.8,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="So little of everything that the numbers say little, in half a minute.")
+    ] = False,
+) -> None:
+    """Quorate's transport beside stock aioquic's asyncio API: two processes each, over loopback, in turn.
+
+    Takes about two minutes. Only loopback is used, and ports that the kernel chooses.
+    """
+    common.require_extra("coordinator")
+    if picture_file is not None:
+        common.require_extra("bench", "a picture")
+    from quorate_coordinator.bench.report import check_writable, show, showing_progress
+    from quorate_coordinator.bench.transport.plan import QUICK, plan
+    from quorate_coordinator.bench.transport.run import measure_transport
+
+    with _bench_errors_shown():
+        check_writable("--json", json_file)
+        check_writable("--picture", picture_file)
+        if picture_file is not None:
+            from quorate_coordinator.bench.picture import check_format, draw
+
+            check_format(picture_file)
+        with showing_progress("bench transport") as progress:
+            result = asyncio.run(measure_transport(QUICK if quick else plan(seconds), only or [], progress))
+        show(result, json_file)
+        if picture_file is None:
+            typer.echo("--picture FILE.png draws it, --json FILE keeps the numbers", err=True)
+        else:
+            draw(result, picture_file)
