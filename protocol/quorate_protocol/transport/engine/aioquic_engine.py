@@ -167,7 +167,10 @@ class AioquicEngine:
 
     @property
     def unacknowledged_total_bytes(self) -> int:
-        return self._quic.account.held_bytes
+        return sum(account.held_bytes for account in self._quic.accounts)
+
+    def unacknowledged_class_bytes(self, priority: Priority) -> int:
+        return self._quic.accounts[priority].held_bytes
 
     @property
     def write_bytes_high(self) -> int:
