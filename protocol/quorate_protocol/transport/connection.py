@@ -277,12 +277,12 @@ class QuicConnection(Connection):
         self._writers.pop(stream.id, None)
         self._cap_writers[stream.priority].pop(stream.id, None)
 
-    def set_priority(self, stream: QuicSendStream, priority: Priority) -> None:
-        """Moves a stream to another class, and with it whoever waits for room in the class."""
-        self.engine.set_priority(stream.id, priority)
-        if self._cap_writers[stream.priority].pop(stream.id, None) is not None:
-            self._cap_writers[priority][stream.id] = stream
-        self._driver.wants_turn(self)
+    def priority_changed(self, stream: QuicSendStream, before: Priority) -> None:
+        """Moves a stream to its new class, and with it whoever waits for room in the class."""
+        self.engine.set_priority(stream.id, stream.priority)
+        if self._cap_writers[before].pop(stream.id, None) is not None:
+            self._cap_writers[stream.priority][stream.id] = stream
+            stream.on_acknowledged()
 
     def is_write_full(self, stream: QuicSendStream) -> bool:
         """Whether a writer of this stream should sleep: its own buffer or that of its class is full."""

@@ -58,9 +58,9 @@ class QuicSendStream(SendStream):
 
     @priority.setter
     def priority(self, priority: Priority) -> None:
+        before, self._priority = self._priority, priority
         if self._send_error is None:
-            self._connection.set_priority(self, priority)
-        self._priority = priority
+            self._connection.priority_changed(self, before)
 
     async def send(self, data: bytes) -> None:
         self._check_can_send()
