@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import asyncio
 import logging
 from collections.abc import Iterator
 
@@ -10,6 +11,10 @@ from hypothesis import settings
 # No time limit for one example: the machine may be busy. A failure prints what reproduces it.
 settings.register_profile("quorate", deadline=None, print_blob=True)
 settings.load_profile("quorate")
+
+# Otherwise pytest-asyncio's look for a current loop makes one at the first asynchronous test, which nobody closes: the
+# next `asyncio.run` of a command under test lets go of it, and some innocent test fails with the warning.
+asyncio.set_event_loop(None)
 
 
 @pytest.fixture
