@@ -35,8 +35,8 @@ log = structlog.get_logger()
 #: enough that timers and other sockets get their turn (about 5 ms of engine work).
 BATCH_DATAGRAMS_MAX: Final = 256
 
-#: The same in bytes: 64 of the largest packets, 2 ms of work. Whatever waits for the loop (a critical message to be sent
-#: before the bulk) waits for no longer.
+#: The same in bytes: 64 of the largest packets, 2 ms of work. Whatever waits for the loop (a critical message
+#: to be sent before the bulk) waits for no longer.
 _BATCH_BYTES_MAX: Final = 1 << 20
 
 #: Larger than any UDP payload, merged ones too.
