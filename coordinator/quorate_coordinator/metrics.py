@@ -154,6 +154,18 @@ class _StateCollector(Collector):
             ["direction"],
             {("in",): server.bytes_received, ("out",): server.bytes_sent},
         )
+        yield _counter(
+            "quorate_udp_trouble",
+            "What came to nothing or had to wait: datagrams of strangers (unknown), handshakes that were turned away "
+            "(refused), datagrams that the kernel did not take (dropped), times that its buffer was full (blocked).",
+            ["kind"],
+            {
+                ("unknown",): server.udp_datagrams_unknown,
+                ("refused",): server.handshakes_refused,
+                ("dropped",): server.udp_datagrams_dropped,
+                ("blocked",): server.udp_send_blocked,
+            },
+        )
 
 
 #: Label values to value, one for each label. (`Mapping` is invariant in its key: Any stands for tuples of any length.)

@@ -44,8 +44,9 @@ CONNECTION_WINDOW_BYTES_MAX: Final = 24 << 20
 #: `Stream.send` returns while less than this waits for acknowledgement, and sleeps above it.
 #: Where the path takes more, so does the buffer: it grows with the congestion window.
 STREAM_WRITE_BYTES_HIGH: Final = 2 << 20
-#: Bytes of all the streams of one connection that wait for acknowledgement: over it every `send` sleeps.
-CONNECTION_WRITE_BYTES_HIGH: Final = 24 << 20
+#: Bytes of all the streams of one connection and of one class that wait for acknowledgement: over it every `send` of
+#: that class sleeps. By class, because bulk must not keep anybody from saying something critical.
+CLASS_WRITE_BYTES_HIGH: Final = 24 << 20
 # A sleeping `send` goes on when what it sleeps over is half empty.
 
 #: Streams a peer may have open at once, each direction: a thousand calls or modalities of one peer at

@@ -129,7 +129,7 @@ def test_a_link_that_was_cut_for_a_while_goes_on(world):
 
 
 def test_a_path_with_a_short_queue_is_filled_and_not_flooded(connected):
-    world = connected(rate_bytes_s=1_000_000, queue_bytes=20_000, delay_s=0.020)
+    world = connected(rate_bytes_s=1_000_000, queue_bytes=20_000, delay_s=0.020, payload_bytes_max=1472)
     stream_id = world.client.open(bytes(3_000_000))
     took_s = world.run(lambda: stream_id in world.server.seen.ended)
     assert took_s < 6.0, "half of the path is left idle"

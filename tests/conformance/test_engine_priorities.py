@@ -59,7 +59,8 @@ def test_streams_of_one_class_share_alike_at_any_time(sides, priority):
     def look():
         nonlocal looks
         shares = [len(there.seen.data[stream_id]) for stream_id in ids]
-        if sum(shares) > 60_000 and not there.seen.ended:
+        # The turn goes packet by packet, and packets are as large as the path takes.
+        if sum(shares) > 400_000 and not there.seen.ended:
             looks += 1
             assert max(shares) <= 2 * min(shares)
         return there.seen.ended >= set(ids)

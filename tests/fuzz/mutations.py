@@ -43,6 +43,8 @@ def mutated(draw: st.DrawFn, originals: st.SearchStrategy[bytes], changes_max: i
 
 def tampered(rng: random.Random, datagram: bytes, earlier: list[bytes]) -> bytes:
     """One datagram of a stranger's, made from those that he has seen."""
+    if len(datagram) < 2:
+        return rng.randbytes(30)
     match rng.randrange(8):
         case 0:
             return rng.randbytes(rng.choice([1, 8, 20, 21, 50, 1200, 1500]))

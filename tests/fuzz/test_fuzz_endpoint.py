@@ -38,31 +38,27 @@ async def test_a_strangers_datagrams_do_not_disturb_a_living_connection(credenti
     ends_at = time.monotonic() + FUZZ_SECONDS
     with capture_logs() as logs:
         async with serving(credentials) as server:
-            with contextlib.closing(Tap(server.address)) as tap:
-                tapped = await connected(server, f"quic://127.0.0.1:{tap.port}", credentials)
+            with contextlib.closing(Tap(server.address)) as tap, UdpSocket(server.address) as stranger:
                 link = await connected(server, url_of(server), credentials)
-                streams, others = await pair(link), await pair(tapped)
-                await ping_pong(*others, times=5)
-                before = server.stats.connections
-                client_port = link.here._driver.address[1]
-                with UdpSocket(server.address) as stranger:
-                    while True:
+                tapped = await connected(server, f"quic://127.0.0.1:{tap.port}", credentials)
+                async with link.here, tapped.here:
+                    streams, others = await pair(link), await pair(tapped)
+                    await ping_pong(*others, times=5)
+                    before = server.stats.connections
+                    client_port = link.here._driver.address[1]
+                    while time.monotonic() < ends_at or server.stats.udp_datagrams_unknown < 200:
                         for _ in range(BATCH):
                             seen = tap.up + tap.down
                             datagram = tampered(rng, rng.choice(seen), seen)
                             stranger.send(datagram)
                             # To a client too, whose socket takes what comes from its server only; and through the
-                            # relay, from the server's own address, to the other.
+                            # relay, which is the server's address for the other.
                             stranger.send(datagram, ("127.0.0.1", client_port))
                             tap._inside.sendto(tampered(rng, datagram, seen), tap._client)
                         await ping_pong(*streams)
                         await ping_pong(*others, times=2)
-                        if time.monotonic() >= ends_at and server.stats.udp_datagrams_unknown > 200:
-                            break
-                assert not link.here.is_closed
-                assert not tapped.here.is_closed
-                await link.here.close()
-                await tapped.here.close()
+                    assert not link.here.is_closed
+                    assert not tapped.here.is_closed
                 # Handshakes that he began by repeating a first flight are given up in time.
                 await until(lambda: server.stats.connections <= before + server.stats.handshakes)
     assert [entry["event"] for entry in logs if entry["event"] == "engine_failed"] == []

@@ -41,6 +41,7 @@ CONTRACT = {
     ("quorate_handshakes", "counter", ("result",)),
     ("quorate_udp_datagrams", "counter", ("direction",)),
     ("quorate_udp_bytes", "counter", ("direction",)),
+    ("quorate_udp_trouble", "counter", ("kind",)),
     ("quorate_protocol_errors", "counter", ("code",)),
     ("quorate_build_info", "gauge", ("version",)),
     ("quorate_start_time_seconds", "gauge", ()),

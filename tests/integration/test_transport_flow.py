@@ -22,6 +22,7 @@ from links import (
 )
 from quorate_protocol.errors import Code, ResetByPeer, StoppedByPeer
 from quorate_protocol.limits import (
+    CLASS_WRITE_BYTES_HIGH,
     CONNECTION_WINDOW_BYTES,
     FRAME_BYTES_MAX,
     FRAME_PREFIX_BYTES,
@@ -29,6 +30,7 @@ from quorate_protocol.limits import (
     STREAM_WRITE_BYTES_HIGH,
     STREAMS_MAX,
 )
+from quorate_protocol.transport import Priority
 
 #: What a stream of `pair` holds unread when its window is full: one byte was read, too little to open it further.
 FULL_BYTES = STREAM_WINDOW_BYTES - 1
@@ -184,6 +186,30 @@ async def test_send_sleeps_over_the_watermark_and_wakes_on_acknowledgements(link
             await there.receive()
         await sending
     assert here.unsent_bytes <= STREAM_WRITE_BYTES_HIGH // 2
+
+
+async def test_a_full_class_holds_its_own_writers_and_lets_a_critical_one_pass(link):
+    """Each stream is under its own mark, all of them together are over that of the class."""
+    count = CLASS_WRITE_BYTES_HIGH // (STREAM_WRITE_BYTES_HIGH - 1) + 2
+    bulk = [await link.here.open_uni_stream() for _ in range(count)]
+    sending = [asyncio.create_task(stream.send(bytes(STREAM_WRITE_BYTES_HIGH - 1))) for stream in bulk]
+    held = link.here.engine.unacknowledged_class_bytes
+    await until(lambda: held(Priority.NORMAL) >= CLASS_WRITE_BYTES_HIGH - CONNECTION_WINDOW_BYTES)
+    readers = [await link.there.accept_uni_stream() for _ in range(5)]
+    assert any(not task.done() for task in sending)
+    assert held(Priority.NORMAL) < CLASS_WRITE_BYTES_HIGH + STREAM_WRITE_BYTES_HIGH
+
+    async with asyncio.timeout(PATIENCE_S):
+        urgent = await link.here.open_uni_stream(Priority.CRITICAL)
+        await urgent.send(b"at once")
+        # One that waits may be made urgent, and then passes as well.
+        waiting, stream = next((task, one) for task, one in zip(sending, bulk, strict=True) if not task.done())
+        stream.priority = Priority.HIGH
+        await waiting
+    assert held(Priority.HIGH) > 0
+    await link.here.close()
+    await asyncio.gather(*sending, return_exceptions=True)
+    assert readers
 
 
 async def test_two_tasks_sending_at_once_is_an_error_before_anything_was_sent(link):

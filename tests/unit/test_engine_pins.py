@@ -11,10 +11,12 @@ from quorate_protocol.transport.engine import (
     packet_builder,
     pins,
     quic_connection,
+    receive_buffer,
     receiving,
     recovery,
     send_buffer,
     sending,
+    writing,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -36,10 +38,12 @@ def test_the_private_methods_that_we_rely_on_are_as_they_were():
     [
         quic_connection.Connection,
         sending.SendingConnection,
+        writing.WritingConnection,
         receiving.ReceivingConnection,
         packet_builder.PacketBuilder,
         recovery.Recovery,
         send_buffer.SendBuffer,
+        receive_buffer.ReceiveBuffer,
     ],
     ids=lambda kind: kind.__name__,
 )

@@ -187,7 +187,7 @@ def test_limits() -> None:
     # Those that are one end's own business are not part of the wire.
     own = {
         "STREAM_WRITE_BYTES_HIGH",
-        "CONNECTION_WRITE_BYTES_HIGH",
+        "CLASS_WRITE_BYTES_HIGH",
         "HANDSHAKES_MAX",
         "CONNECTIONS_MAX",
         "UDP_PAYLOAD_BYTES_MAX",

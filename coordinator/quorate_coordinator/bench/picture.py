@@ -7,16 +7,12 @@ import math
 from pathlib import Path
 from typing import Final
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from quorate_coordinator.bench.report import number
+from quorate_coordinator.bench.report import number, times
 from quorate_coordinator.bench.result import Result, Row
 from quorate_protocol.errors import ConfigurationError
-
-matplotlib.use("Agg")  # no display is needed
-
-from matplotlib.axes import Axes  # noqa: E402  after the backend was chosen
-from matplotlib.figure import Figure  # noqa: E402
 
 #: Of Okabe and Ito's palette, which those with a colour vision deficiency can tell apart.
 _OURS: Final = "#0072B2"
@@ -24,12 +20,23 @@ _MISSED: Final = "#E69F00"
 _TARGET: Final = "#000000"
 _PEER: Final = "#555555"
 
-_WIDTH_INCHES: Final = 13.0
+_WIDTH_INCHES: Final = 13.6
 _ROW_INCHES: Final = 0.42
 _FRAME_INCHES: Final = 1.9
 _DPI: Final = 150
 #: Columns of text right of the bars: heading, and where its right edge is, in widths of the axes.
-_COLUMNS: Final = (("Quorate", 1.17), ("{peer}", 1.35), ("target", 1.53))
+_COLUMNS: Final = (("Quorate", 1.15), ("{peer}", 1.33), ("ratio", 1.45), ("target", 1.63), ("", 1.77))
+
+
+def check_format(file: Path) -> None:
+    """Before minutes of measuring, rather than after.
+
+    Raises:
+        ConfigurationError: there is no format of the file's suffix.
+    """
+    formats = Figure().canvas.get_supported_filetypes()
+    if file.suffix.removeprefix(".").lower() not in formats:
+        raise ConfigurationError("--picture", f"{file}: pictures are drawn as {', '.join(sorted(formats))}")
 
 
 def draw(result: Result, file: Path) -> None:
@@ -38,19 +45,19 @@ def draw(result: Result, file: Path) -> None:
     Raises:
         ConfigurationError: no row has a peer, or the file cannot be written.
     """
+    check_format(file)
     rows = [row for row in result.rows if row.ratio is not None]
     if not rows:
         raise ConfigurationError("--picture", "there is no row with something to compare with")
     height_inches = _FRAME_INCHES + _ROW_INCHES * len(rows)
     figure = Figure(figsize=(_WIDTH_INCHES, height_inches))
-    axes = figure.add_axes((0.31, 0.95 / height_inches, 0.40, _ROW_INCHES * len(rows) / height_inches))
+    axes = figure.add_axes((0.30, 0.95 / height_inches, 0.38, _ROW_INCHES * len(rows) / height_inches))
     _draw_bars(axes, rows)
     _draw_frame(figure, axes, result, rows)
     try:
         figure.savefig(file, dpi=_DPI)
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or str(error)
-        raise ConfigurationError("--picture", f"cannot write {file}: {problem}") from error
+    except OSError as error:
+        raise ConfigurationError("--picture", f"cannot write {file}: {error.strerror}") from error
 
 
 def _draw_bars(axes: Axes, rows: list[Row]) -> None:
@@ -59,39 +66,25 @@ def _draw_bars(axes: Axes, rows: list[Row]) -> None:
         assert ratio is not None
         # From the peer's line: on a logarithmic scale a bar has no other beginning.
         low, high = sorted((1.0, ratio))
-        axes.barh(
-            y,
-            high - low,
-            left=low,
-            height=0.58,
-            color=_MISSED if row.met is False else _OURS,
-            hatch="///" if row.met is False else None,
-            edgecolor="white",
-        )
+        colour, hatch = (_MISSED, "///") if row.met is False else (_OURS, None)
+        axes.barh(y, high - low, left=low, height=0.5, color=colour, hatch=hatch, edgecolor="white")
+        # A bar of next to no length is seen by its end.
+        axes.plot((ratio, ratio), (y - 0.3, y + 0.3), color=colour, linewidth=3, zorder=4)
         if target is not None:
-            axes.plot(target, y, marker="D", markersize=8, color=_TARGET, markerfacecolor="white", zorder=4)
-        # Beside the bar, and beside the target where that would be in the way.
-        edges = [high] + [target] * (target is not None and high / 1.1 < target < high * 4)
-        axes.annotate(
-            f"{ratio:.2g} x" if ratio < 100 else f"{ratio:.0f} x",
-            (max(edges), y),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9.5,
-            color="#222222",
-        )
+            axes.plot(target, y, marker="D", markersize=8, color=_TARGET, markerfacecolor="white", zorder=5)
 
 
 def _draw_frame(figure: Figure, axes: Axes, result: Result, rows: list[Row]) -> None:
     peer = ", ".join(sorted({row.peer for row in rows if row.peer is not None}))
     marks = [mark for row in rows for mark in (row.ratio, _target_ratio(row)) if mark is not None]
     axes.set_xscale("log")
-    axes.set_xlim(min(0.5, 0.6 * min(marks)), max(2.0, 2.6 * max(marks)))
+    low, high = min(0.5, 0.6 * min(marks)), max(4.0, 1.8 * max(marks))
+    axes.set_xlim(low, high)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.axvline(1.0, color=_PEER, linewidth=1.6, zorder=3)
-    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g} x")
-    axes.xaxis.set_minor_formatter(lambda value, position: "")
+    ticks = _ticks(low, high)
+    axes.set_xticks(ticks, [f"{tick:g} x" for tick in ticks])
+    axes.set_xticks([], minor=True)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
@@ -105,16 +98,20 @@ def _draw_frame(figure: Figure, axes: Axes, result: Result, rows: list[Row]) -> 
         axes.text(x, -0.85, text, transform=transform, ha="right", va="bottom", fontsize=9.5, fontweight="bold")
     for y, row in enumerate(rows):
         assert row.peer_value is not None
+        assert row.ratio is not None
         sign = "≤" if row.lower_is_better else "≥"
         cells = (
             number(row.value, row.unit),
             number(row.peer_value, row.unit),
+            times(row.ratio),
             "–" if row.target is None else f"{sign} {number(row.target, row.unit)}",
+            {True: "met", False: "missed", None: ""}[row.met],
         )
         for (_, x), cell in zip(_COLUMNS, cells, strict=True):
-            axes.text(x, y, cell, transform=transform, ha="right", va="center", fontsize=9.5)
+            weight = "bold" if cell == "missed" else "normal"
+            axes.text(x, y, cell, transform=transform, ha="right", va="center", fontsize=9.5, fontweight=weight)
         if y:
-            axes.axhline(y - 0.5, color="#EEEEEE", linewidth=0.8, zorder=0, xmin=-0.8, xmax=1.55, clip_on=False)
+            axes.axhline(y - 0.5, color="#EEEEEE", linewidth=0.8, zorder=0, xmin=-0.72, xmax=1.77, clip_on=False)
     machine = result.machine
     height_inches = figure.get_figheight()
     figure.text(
@@ -138,6 +135,13 @@ def _draw_frame(figure: Figure, axes: Axes, result: Result, rows: list[Row]) -> 
         fontsize=9.5,
         color="#333333",
     )
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, with their doubles and halves where there are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high / low < 500 else (1,)
+    return [tick for power in powers for step in steps if low <= (tick := step * 10.0**power) <= high]
 
 
 def _label(row: Row) -> str:

@@ -94,8 +94,13 @@ def _notes(rows: list[Row]) -> list[tuple[str, list[str]]]:
     return list(notes.items())
 
 
+def times(ratio: float) -> str:
+    """A ratio, such as `3.4 x`."""
+    return f"{ratio:.2g} x" if ratio < 99.5 else f"{ratio:,.0f} x"
+
+
 def _ratio(row: Row) -> str:
-    return "-" if row.ratio is None else f"{row.ratio:.2g} x" if row.ratio < 100 else f"{row.ratio:.0f} x"
+    return "-" if row.ratio is None else times(row.ratio)
 
 
 def _peer(row: Row, *, named: bool) -> str:

@@ -172,12 +172,14 @@ def bench_transport(
     with _bench_errors_shown():
         check_writable("--json", json_file)
         check_writable("--picture", picture_file)
+        if picture_file is not None:
+            from quorate_coordinator.bench.picture import check_format, draw
+
+            check_format(picture_file)
         with showing_progress("bench transport") as progress:
             result = asyncio.run(measure_transport(QUICK if quick else plan(seconds), only or [], progress))
         show(result, json_file)
         if picture_file is None:
             typer.echo("--picture FILE.png draws it, --json FILE keeps the numbers", err=True)
         else:
-            from quorate_coordinator.bench.picture import draw
-
             draw(result, picture_file)

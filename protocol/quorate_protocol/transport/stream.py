@@ -58,9 +58,9 @@ class QuicSendStream(SendStream):
 
     @priority.setter
     def priority(self, priority: Priority) -> None:
-        self._priority = priority
-        if not self._send_ended and self._send_error is None:
-            self._connection.engine.set_priority(self.id, priority)
+        before, self._priority = self._priority, priority
+        if self._send_error is None:
+            self._connection.priority_changed(self, before)
 
     async def send(self, data: bytes) -> None:
         self._check_can_send()
@@ -70,7 +70,7 @@ class QuicSendStream(SendStream):
         try:
             view = memoryview(data)
             while True:
-                while self._connection.is_write_full(self.id):
+                while self._connection.is_write_full(self):
                     await self._wait_for_room()
                     self._check_can_send()
                 self._connection.write(self.id, bytes(view[:_SLICE_BYTES]))
@@ -79,7 +79,7 @@ class QuicSendStream(SendStream):
                     break
                 self._sending_midway = True
             self._sending_midway = False
-            if self._connection.is_write_full(self.id):
+            if self._connection.is_write_full(self):
                 await self._wait_for_room()
                 if self._send_error is not None:
                     raise self._send_error.with_traceback(None)
@@ -133,13 +133,13 @@ class QuicSendStream(SendStream):
         self._connection.check_open()
 
     async def _wait_for_room(self) -> None:
-        """Sleeps until the stream's own buffer and that of the connection are half empty."""
-        await self._wait_below(self._connection.engine.write_bytes_high // 2, of_connection=True)
+        """Sleeps until the stream's own buffer and that of its class are half empty."""
+        await self._wait_below(self._connection.engine.write_bytes_high // 2, of_class=True)
 
-    async def _wait_below(self, low_bytes: int, *, of_connection: bool = False) -> None:
+    async def _wait_below(self, low_bytes: int, *, of_class: bool = False) -> None:
         waiter = asyncio.get_running_loop().create_future()
-        self._send_waiters[waiter] = (low_bytes, of_connection)
-        self._connection.watch_writes(self, of_connection=of_connection)
+        self._send_waiters[waiter] = (low_bytes, of_class)
+        self._connection.watch_writes(self, of_class=of_class)
         try:
             await waiter
         finally:
@@ -151,9 +151,9 @@ class QuicSendStream(SendStream):
 
     def on_acknowledged(self) -> None:
         unsent_bytes = self.unsent_bytes if self._send_error is None else 0
-        has_room = self.send_is_over or not self._connection.is_over_write_low()
-        for waiter, (low_bytes, of_connection) in self._send_waiters.items():
-            if unsent_bytes <= low_bytes and (has_room or not of_connection) and not waiter.done():
+        has_room = self.send_is_over or not self._connection.is_over_write_low(self._priority)
+        for waiter, (low_bytes, of_class) in self._send_waiters.items():
+            if unsent_bytes <= low_bytes and (has_room or not of_class) and not waiter.done():
                 waiter.set_result(None)
 
     def on_send_failed(self, error: QuorateError) -> None:

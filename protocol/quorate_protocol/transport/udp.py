@@ -35,6 +35,10 @@ log = structlog.get_logger()
 #: enough that timers and other sockets get their turn (about 5 ms of engine work).
 BATCH_DATAGRAMS_MAX: Final = 256
 
+#: The same in bytes: 64 of the largest packets, 2 ms of work. Whatever waits for the loop (a critical message
+#: to be sent before the bulk) waits for no longer.
+_BATCH_BYTES_MAX: Final = 1 << 20
+
 #: Larger than any UDP payload, merged ones too.
 _UDP_BYTES_MAX: Final = 65_536
 
@@ -133,6 +137,7 @@ class UdpPort(PacketPort):
         stats = self._stats
         receive, merges = self._sock.recvmsg, self._merges
         was_refused = False
+        batch_bytes = 0
         # Each round reads something or takes away an error: both are bounded together.
         for _ in range(BATCH_DATAGRAMS_MAX):
             try:
@@ -148,17 +153,15 @@ class UdpPort(PacketPort):
                 if error.errno == errno.ECONNREFUSED:
                     was_refused = True
                 continue
-            stats.bytes_received += len(data)
-            if ancillary:
-                size = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
-                if size < len(data):
-                    batch += [(data[at : at + size], address) for at in range(0, len(data), size)]
-                    if len(batch) >= BATCH_DATAGRAMS_MAX:
-                        break
-                    continue
-            batch.append((data, address))
-            if len(batch) >= BATCH_DATAGRAMS_MAX:
+            batch_bytes += len(data)
+            size = int.from_bytes(ancillary[0][2][:4], sys.byteorder) if ancillary else len(data)
+            if 0 < size < len(data):
+                batch += [(data[at : at + size], address) for at in range(0, len(data), size)]
+            else:
+                batch.append((data, address))
+            if len(batch) >= BATCH_DATAGRAMS_MAX or batch_bytes >= _BATCH_BYTES_MAX:
                 break
+        stats.bytes_received += batch_bytes
         stats.udp_datagrams_received += len(batch)
         return batch, was_refused
 

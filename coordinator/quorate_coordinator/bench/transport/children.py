@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from quorate_coordinator.bench.transport.link import LinkOptions
+from quorate_coordinator.bench.transport.link import DEFAULTS, LinkOptions
 from quorate_coordinator.bench.transport.peer import QUORATE, STOCK
 from quorate_coordinator.certificates import DevelopmentCredentials
 from quorate_protocol.errors import QuorateError
@@ -133,7 +133,7 @@ class Children:
 
     @contextlib.asynccontextmanager
     async def linked(
-        self, ours: LinkOptions = LinkOptions(), stock: LinkOptions = LinkOptions(), *, fresh: bool = False
+        self, ours: LinkOptions = DEFAULTS, stock: LinkOptions = DEFAULTS, *, fresh: bool = False
     ) -> AsyncIterator[dict[str, Pair]]:
         """Both sides with a link; those processes, or fresh ones whose memory nothing has touched."""
         linked: dict[str, Pair] = {}

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +15,9 @@ class LinkOptions:
     udp_payload_bytes: int | None = None
     #: Bidirectional streams that the client may have open; None leaves it to the transport: 1024, or 128 at first.
     streams_max: int | None = None
+
+
+DEFAULTS: Final = LinkOptions()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import ctypes
-import gc
 import os
 from pathlib import Path
 from typing import Final
@@ -21,7 +20,6 @@ class MemoryWatch:
 
     def start(self) -> None:
         """What is resident now is the base."""
-        gc.collect()
         _trim()
         self._base_bytes = self._peak_bytes = resident_bytes()
         self._watching = asyncio.ensure_future(self._watch())
@@ -31,7 +29,12 @@ class MemoryWatch:
         assert self._watching is not None
         self._watching.cancel()
         self._look()
-        return max(_PAGE_BYTES, self._peak_bytes - self._base_bytes)
+        return max(_PAGE_BYTES, self.growth_bytes)
+
+    @property
+    def growth_bytes(self) -> int:
+        """Bytes by which the largest seen so far was over the base."""
+        return self._peak_bytes - self._base_bytes
 
     async def _watch(self) -> None:
         while True:

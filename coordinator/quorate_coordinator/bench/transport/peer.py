@@ -6,6 +6,7 @@ process that started it.
 """
 
 import asyncio
+import gc
 import json
 import os
 import sys
@@ -65,6 +66,7 @@ class Peer:
 
     async def watch_memory(self) -> dict[str, Any]:
         """Takes the resident set as it is now for the base of `memory_growth`."""
+        gc.collect()
         self._memory.start()
         return {}
 

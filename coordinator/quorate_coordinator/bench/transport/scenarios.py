@@ -172,8 +172,8 @@ def _memory() -> Scenario:
                 accepted[side] = answer["accepted"] / 2**20
                 growth[side] = [(await child.do("memory_growth"))["bytes"] / 2**20 for child in ends]
         note = (
-            f"growth of the resident set; {PEER} was offered {plan.offered_stock_bytes >> 20} MiB, to spare the machine,"
-            f" and took {accepted[STOCK]:.0f}; ours took {accepted[QUORATE]:.1f} of 1024"
+            f"growth of the resident set; {PEER} was offered {plan.offered_stock_bytes >> 20} MiB, to spare the "
+            f"machine, and took {accepted[STOCK]:.0f}; ours took {accepted[QUORATE]:.1f} of 1024"
         )
         return [
             Row(name, "MiB", ours, PEER, stock, target=promised.MEMORY_MIB, note=note)

@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 from typing import Any, Final
 
-from aioquic.asyncio import QuicConnectionProtocol, serve
-from aioquic.asyncio import connect as stock_connect
-from aioquic.asyncio.server import QuicServer
+from aioquic.asyncio.client import connect
+from aioquic.asyncio.protocol import QuicConnectionProtocol
+from aioquic.asyncio.server import QuicServer, serve
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.events import DatagramFrameReceived, QuicEvent
 
@@ -135,7 +135,7 @@ class StockSide:
         configuration.server_name = "localhost"
         closing = contextlib.AsyncExitStack()
         protocol = await closing.enter_async_context(
-            stock_connect("127.0.0.1", port, configuration=configuration, create_protocol=_Protocol)
+            connect("127.0.0.1", port, configuration=configuration, create_protocol=_Protocol)
         )
         assert isinstance(protocol, _Protocol)
         if options.streams_max is not None:

@@ -30,7 +30,7 @@ from quorate_protocol.transport.api import ClientTls, Priority, ServerTls
 from quorate_protocol.transport.engine.port import Address, Arrival, Sink
 from quorate_protocol.transport.engine.quic_connection import Connection
 from quorate_protocol.transport.engine.receiving import CONNECTION_ID_BYTES
-from quorate_protocol.transport.engine.sending import DATAGRAM_OVERHEAD_BYTES
+from quorate_protocol.transport.engine.writing import DATAGRAM_OVERHEAD_BYTES
 
 #: Idle timeout in seconds (RFC 9000, 10.1). Sessions have leases of their own, shorter than this.
 IDLE_TIMEOUT_S: Final = 30.0
@@ -167,7 +167,10 @@ class AioquicEngine:
 
     @property
     def unacknowledged_total_bytes(self) -> int:
-        return self._quic.account.held_bytes
+        return sum(account.held_bytes for account in self._quic.accounts)
+
+    def unacknowledged_class_bytes(self, priority: Priority) -> int:
+        return self._quic.accounts[priority].held_bytes
 
     @property
     def write_bytes_high(self) -> int:

@@ -1,4 +1,4 @@
-"""How much may be under way: CUBIC (RFC 9438) with HyStart++'s end of slow start (RFC 9406), and pacing.
+"""How much may be under way: CUBIC (RFC 9438) with an end of slow start by delay (HyStart, RFC 9406), and pacing.
 
 Both are pure. Where they differ from what aioquic ships:
 
@@ -33,7 +33,8 @@ _MINIMUM_SEGMENTS: Final = 2
 WINDOW_BYTES_MAX: Final = 16 << 20
 
 #: RFC 9406, 4.2 (MIN_RTT_THRESH, MAX_RTT_THRESH), in seconds: slow start ends when a round's least
-#: round-trip time is this much longer than the last one's.
+#: round-trip time is this much longer than the least ever. The RFC compares with the round before, as Linux does
+#: not: on short paths a queue grows by less than that in each round, and to hundreds of milliseconds in all.
 _RTT_RISE_S_MIN: Final = 0.004
 _RTT_RISE_S_MAX: Final = 0.016
 #: Samples that a round needs. RFC 9406 says 8; our peers acknowledge ten packets at a time.
@@ -57,8 +58,9 @@ class Cubic(QuicCongestionControl):
         self._rtt_s = 0.0
         #: The last packet that was sent while the window was filled: only those up to it let it grow.
         self._filled_up_to = -1
+        self._rtt_s_min = math.inf
         self._round_ends_at = 0.0
-        self._round_rtt_s = self._last_round_rtt_s = math.inf
+        self._round_rtt_s = math.inf
         self._round_samples = 0
 
     def set_segment(self, segment_bytes: int) -> None:
@@ -148,15 +150,15 @@ class Cubic(QuicCongestionControl):
         if self.ssthresh is not None:
             return
         if now >= self._round_ends_at:
-            self._last_round_rtt_s, self._round_rtt_s = self._round_rtt_s, math.inf
+            self._round_rtt_s = math.inf
             self._round_samples = 0
             self._round_ends_at = now + rtt
+        self._rtt_s_min = least_s = min(self._rtt_s_min, rtt)
         self._round_rtt_s = min(self._round_rtt_s, rtt)
         self._round_samples += 1
-        last = self._last_round_rtt_s
-        if self._round_samples >= _RTT_SAMPLES and last < math.inf:
-            rise_s = min(max(last / 8, _RTT_RISE_S_MIN), _RTT_RISE_S_MAX)
-            if self._round_rtt_s >= last + rise_s:
+        if self._round_samples >= _RTT_SAMPLES:
+            rise_s = min(max(least_s / 8, _RTT_RISE_S_MIN), _RTT_RISE_S_MAX)
+            if self._round_rtt_s >= least_s + rise_s:
                 self.ssthresh = self.congestion_window
 
     def _set_window(self, window: float) -> None:

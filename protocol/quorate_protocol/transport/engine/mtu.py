@@ -39,7 +39,7 @@ class PathMtu:
 
     def __init__(self, ceiling_bytes: int) -> None:
         self.size_bytes = UDP_PAYLOAD_BYTES_MIN
-        self._ceiling_bytes = ceiling_bytes
+        self.ceiling_bytes = ceiling_bytes
         #: The least size that the path does not carry; sizes from it on are not tried.
         self._too_large_bytes = ceiling_bytes + 1
         self._probing_bytes: int | None = None
@@ -53,8 +53,8 @@ class PathMtu:
 
     def limit(self, ceiling_bytes: int) -> None:
         """The peer takes no more than this (its `max_udp_payload_size`)."""
-        self._ceiling_bytes = max(UDP_PAYLOAD_BYTES_MIN, min(self._ceiling_bytes, ceiling_bytes))
-        self._too_large_bytes = min(self._too_large_bytes, self._ceiling_bytes + 1)
+        self.ceiling_bytes = max(UDP_PAYLOAD_BYTES_MIN, min(self.ceiling_bytes, ceiling_bytes))
+        self._too_large_bytes = min(self._too_large_bytes, self.ceiling_bytes + 1)
 
     def want(self) -> None:
         """There is more to send than fits a packet."""
@@ -63,14 +63,14 @@ class PathMtu:
     def begin_path(self) -> None:
         """Another path: nothing is known of it."""
         self.size_bytes = UDP_PAYLOAD_BYTES_MIN
-        self._begin_search(self._ceiling_bytes + 1)
+        self._begin_search(self.ceiling_bytes + 1)
 
     def next_probe_bytes(self, now: float) -> int | None:
         """Size of the probe that should leave now; None for none."""
         if not self._is_wanted or self._probing_bytes is not None:
             return None
         if self._raise_at is not None and now >= self._raise_at:
-            self._begin_search(self._ceiling_bytes + 1)
+            self._begin_search(self.ceiling_bytes + 1)
         return self._candidate()
 
     def probe_sent(self, size_bytes: int, now: float) -> None:
@@ -153,8 +153,8 @@ class PathMtu:
 
     def _candidate(self) -> int | None:
         low, high = self.size_bytes, self._too_large_bytes
-        if high > self._ceiling_bytes:
-            return self._ceiling_bytes if self._ceiling_bytes > low else None
+        if high > self.ceiling_bytes:
+            return self.ceiling_bytes if self.ceiling_bytes > low else None
         for plateau in _PLATEAUS:
             if low < plateau < high:
                 return plateau

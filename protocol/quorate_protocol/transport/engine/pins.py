@@ -71,6 +71,7 @@ RELIED_ON: Final = {
     "QuicConnection._payload_received": "612b67759a96c70166a2066859a40300f53dbfc42bbd89c7a9dcef716c8cab1a",
     "QuicConnection._probe_preferred_address": "8fd78647a17c307e77440582508698f220eabdf6e26306b55d96fa0080a884ce",
     "QuicConnection._send_probing_frames": "7968d5d37ef81a1148a7d558c07586724ae66134615530f4c9aa9b8bed8dc94f",
+    "QuicConnection._serialize_transport_parameters": "be651f3ddfcd3f39af5fdb5cc82b21f2ae7290c0f26424a65f6d756410723754",
     "QuicConnection._stream_limit": "32d840c7ec072814917316069218c2df34d5d629d5cec39916892492c9fa906b",
     "QuicConnection._unblock_streams": "cfde0b0287e2a38d7b763257535b9b535eb3e294a6fd3c29b8d9bfa012dbea5d",
     "QuicConnection._write_ack_frame": "dc0bde63adda7ae410b18806e21938cf8824377da3a6c5bc042edb8811fc92a0",

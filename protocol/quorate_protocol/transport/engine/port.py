@@ -116,6 +116,9 @@ class Engine(Protocol):
     def unacknowledged_total_bytes(self) -> int:
         """The same of all the connection's streams together."""
 
+    def unacknowledged_class_bytes(self, priority: Priority) -> int:
+        """The same of all its streams of one class."""
+
     @property
     def write_bytes_high(self) -> int:
         """Unacknowledged bytes of a stream at which its writer should sleep: enough to keep the path full."""

@@ -52,8 +52,8 @@ class Connection(SendingConnection):
         self._window = ReceiveWindow(CONNECTION_WINDOW_BYTES, CONNECTION_WINDOW_BYTES_MAX)
         #: Streams of the peer that nobody has accepted, and whether they have ended.
         self._unaccepted: dict[int, bool] = {}
-        #: What our streams hold together.
-        self.account = Account()
+        #: What our streams hold together, by class.
+        self.accounts = tuple(Account() for _ in Priority)
         self.streams_were_unblocked = False
 
     # --- for the engine ---
@@ -72,7 +72,7 @@ class Connection(SendingConnection):
         assert stream_id // 4 < count_max, "can_open_stream comes first"
         stream: Any = StreamState(
             stream_id,
-            self.account,
+            self.accounts[priority],
             max_stream_data_local=local_bytes,
             max_stream_data_remote=remote_bytes,
             readable=bidirectional,
@@ -84,8 +84,10 @@ class Connection(SendingConnection):
 
     def set_priority(self, stream_id: int, priority: Priority) -> None:
         """Moves a stream to another lane."""
-        if (stream := self._streams.get(stream_id)) is not None:
+        stream: Stream = self._streams.get(stream_id)
+        if stream is not None:
             self._lanes.set_priority(stream, priority)
+            stream.sender.move_to(self.accounts[priority])
 
     def write(self, stream_id: int, data: bytes, end: bool) -> None:
         """Buffers bytes."""
@@ -198,7 +200,7 @@ class Connection(SendingConnection):
         for new_id in range(limit.used * 4 + stream_id % 4, stream_id + 4, 4):
             new: Any = StreamState(
                 new_id,
-                self.account,
+                self.accounts[Priority.NORMAL],
                 max_stream_data_local=(
                     self._local_max_stream_data_bidi_remote if is_bidirectional else self._local_max_stream_data_uni
                 ),

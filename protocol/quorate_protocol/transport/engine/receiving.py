@@ -52,6 +52,8 @@ class ReceivingConnection(QuicConnection):
         self._context: QuicReceiveContext | None = None
         #: When the idle timer was last moved: once for all the packets of a batch.
         self._idle_moved_at = -1.0
+        #: Datagrams that came after we closed.
+        self._packets_since_close = 0
         #: 1-RTT: the packet number space and its keys.
         self._space: Any = None
         self._crypto: Any = None
@@ -64,6 +66,11 @@ class ReceivingConnection(QuicConnection):
     def receive_datagram(self, data: bytes, addr: Any, now: float) -> None:
         """Takes in one UDP datagram."""
         self.clock = now
+        if not data:
+            return
+        if self._state is QuicConnectionState.CLOSING:
+            self._packets_since_close += 1
+            return
         if self._is_steady and not data[0] & 0x80 and self._receive_short(data, addr, now):
             return
         path = self._network_paths[0] if self._network_paths else None
@@ -174,7 +181,7 @@ class ReceivingConnection(QuicConnection):
     ) -> tuple[bool, bool]:
         """Handles a packet's frames; whether it wants an acknowledgement, and whether it only probes a path."""
         if context.epoch is not Epoch.ONE_RTT or not plain:
-            return super()._payload_received(context, plain, crypto_frame_required)
+            return self._rare_frames_received(context, plain, crypto_frame_required)
         is_ack_eliciting = False
         buf = Buffer(data=plain)
         end = len(plain)
@@ -195,7 +202,7 @@ class ReceivingConnection(QuicConnection):
                     self._handle_datagram_frame(context, kind, buf)
                     is_ack_eliciting = True
                 else:
-                    rest_eliciting, is_probing = super()._payload_received(context, plain[at:])
+                    rest_eliciting, is_probing = self._rare_frames_received(context, plain[at:])
                     return is_ack_eliciting or rest_eliciting, is_probing and at == 0
                 at = buf.tell()
         except BufferReadError:
@@ -205,6 +212,19 @@ class ReceivingConnection(QuicConnection):
                 reason_phrase="Failed to parse frame",
             ) from None
         return is_ack_eliciting, False
+
+    def _rare_frames_received(
+        self, context: QuicReceiveContext, plain: bytes, crypto_frame_required: bool = False
+    ) -> tuple[bool, bool]:
+        try:
+            return super()._payload_received(context, plain, crypto_frame_required)
+        except QuicConnectionError as error:
+            unknown: Any = error.frame_type
+            if unknown is None:
+                # To aioquic's `close` that means an application's code; 0 is a transport's, of no known frame (RFC
+                # 9000, 19.19).
+                error.frame_type = QuicFrameType.PADDING
+            raise
 
     def _receive_stream_frame(self, context: QuicReceiveContext, kind: int, buf: Buffer, at: int, end: int) -> None:
         """A STREAM frame (RFC 9000, 19.8): the next bytes of a living stream, or aioquic's way for anything else."""
@@ -218,7 +238,7 @@ class ReceivingConnection(QuicConnection):
             if (
                 offset == receiver._buffer_start
                 and length
-                and not receiver._buffer
+                and not receiver.has_gaps
                 and not receiver.is_finished
                 and receiver._final_size is None
                 and stop <= stream.max_stream_data_local

@@ -7,7 +7,12 @@ there can be none. What is decided stays the same.
 from typing import Any
 
 from aioquic.quic.packet_builder import QuicDeliveryState
-from aioquic.quic.recovery import QuicPacketRecovery, QuicPacketSpace
+from aioquic.quic.recovery import (
+    K_PACKET_THRESHOLD,
+    K_TIME_THRESHOLD,
+    QuicPacketRecovery,
+    QuicPacketSpace,
+)
 
 from quorate_protocol.transport.engine.congestion import Cubic, Pacer
 from quorate_protocol.transport.engine.mtu import PathMtu
@@ -138,11 +143,29 @@ class Recovery(QuicPacketRecovery):
         return credit_bytes
 
     def _detect_loss(self, *, now: float, space: QuicPacketSpace) -> None:
-        # Numbers ascend: when the oldest is newer than what was acknowledged, none is lost.
-        if not space.sent_packets or next(iter(space.sent_packets)) > space.largest_acked_packet:
-            space.loss_time = None
-            return
-        super()._detect_loss(now=now, space=space)
+        """RFC 9002, 6.1. The time that is armed and the one that is compared are the same sum: with aioquic's
+        difference on one side, rounding can make a timer fire at its own time for ever."""
+        space.loss_time = None
+        largest_acked = space.largest_acked_packet
+        lost: list[Any] = []
+        delay_s = 0.0
+        # Numbers ascend: nothing behind the largest that was acknowledged is lost.
+        for number, packet in space.sent_packets.items():
+            if number > largest_acked:
+                break
+            if not delay_s:
+                rtt_s = max(self._rtt_latest, self._rtt_smoothed) if self._rtt_initialized else self._rtt_initial
+                delay_s = K_TIME_THRESHOLD * rtt_s
+            assert packet.sent_time is not None
+            lost_at = packet.sent_time + delay_s
+            if number <= largest_acked - K_PACKET_THRESHOLD or lost_at <= now:
+                lost.append(packet)
+            elif space.loss_time is None or lost_at < space.loss_time:
+                space.loss_time = lost_at
+        if lost:
+            self._on_packets_lost(
+                now=now, packets=lost, persistent_congestion=self._in_persistent_congestion(packets=lost), space=space
+            )
 
     def _on_packets_lost(self, *, packets: Any, **options: Any) -> None:
         self._pace_is_stale = True

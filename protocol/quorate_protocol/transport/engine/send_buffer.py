@@ -16,7 +16,7 @@ _LARGE_SLICE_BYTES = 512
 
 
 class Account:
-    """Bytes that all the streams of one connection hold together."""
+    """Bytes that the streams of one class hold together, of one connection."""
 
     __slots__ = ("held_bytes",)
 
@@ -50,6 +50,12 @@ class SendBuffer(QuicStreamSender):
     def held_bytes(self) -> int:
         """Bytes that were written and not acknowledged."""
         return self._buffer_stop - self._buffer_start
+
+    def move_to(self, account: Account) -> None:
+        """From now on its bytes are counted there."""
+        self._account.held_bytes -= self.held_bytes
+        account.held_bytes += self.held_bytes
+        self._account = account
 
     @property
     def next_offset(self) -> int:

@@ -1,7 +1,8 @@
 """A stream as the engine holds it: aioquic's `QuicStream`, made of our parts and in slots."""
 
-from aioquic.quic.stream import QuicStreamReceiver, QuicStreamSender
+from aioquic.quic.stream import QuicStreamSender
 
+from quorate_protocol.transport.engine.receive_buffer import ReceiveBuffer
 from quorate_protocol.transport.engine.send_buffer import Account, SendBuffer
 
 
@@ -30,7 +31,7 @@ class StreamState:
         self.stream_id = stream_id
         self.max_stream_data_local = self.max_stream_data_local_sent = max_stream_data_local
         self.max_stream_data_remote = max_stream_data_remote
-        self.receiver = QuicStreamReceiver(stream_id, readable)
+        self.receiver = ReceiveBuffer(stream_id, readable)
         self.sender = SendBuffer(stream_id, account) if writable else QuicStreamSender(stream_id, False)
 
     @property
