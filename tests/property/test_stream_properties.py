@@ -79,7 +79,7 @@ class Windows:
     #: How many times the first two they may grow to.
     growth: int
     stream_write: int
-    connection_write: int
+    class_write: int
 
 
 PAUSES_S = st.sampled_from([0.0, 0.001, 0.02, 0.3])
@@ -108,7 +108,7 @@ WINDOWS = st.builds(
     connection=st.sampled_from([500, 3000, 40_000, 8 << 20]),
     growth=st.sampled_from([1, 4]),
     stream_write=st.sampled_from([1, 3000, 2 << 20]),
-    connection_write=st.sampled_from([1, 5000, 24 << 20]),
+    class_write=st.sampled_from([1, 5000, 24 << 20]),
 )
 FAULTS = st.fixed_dictionaries(
     {
@@ -141,7 +141,7 @@ def limited(windows: Windows) -> Iterator[None]:
             ):
                 if hasattr(module, name):
                     patch.setattr(module, name, value)
-        patch.setattr(connection_module, "CONNECTION_WRITE_BYTES_HIGH", windows.connection_write)
+        patch.setattr(connection_module, "CLASS_WRITE_BYTES_HIGH", windows.class_write)
         yield
 
 
@@ -236,10 +236,10 @@ class Program:
             assert sum(unread) <= windows.connection * windows.growth
             engine = end.engine
             unsent = [engine.unacknowledged_bytes(stream_id) for stream_id in end._streams]
-            # One `send` of less than a frame may pass the mark of its stream and that of the connection.
+            # One `send` of less than a frame may pass the mark of its stream and that of its class.
             assert max(unsent, default=0) <= engine.write_bytes_high + CHUNK_BYTES_MAX
-            assert sum(unsent) <= windows.connection_write + self.streams_max * CHUNK_BYTES_MAX
-            assert engine.unacknowledged_total_bytes >= sum(unsent)
+            assert sum(unsent) <= len(Priority) * windows.class_write + self.streams_max * CHUNK_BYTES_MAX
+            assert sum(map(engine.unacknowledged_class_bytes, Priority)) >= sum(unsent)
 
     async def settle(self) -> None:
         """Both ends let go of all streams, and have given back all of the connection's window."""
