@@ -119,8 +119,9 @@ class QuicConnection(Connection):
         #: Ids under which the endpoint routes to this connection.
         self.connection_ids: set[bytes] = set()
         self.is_established = False
-        #: The endpoint's mark: waits for its send pass.
+        #: The endpoint's marks: waits for its send pass; the last one ended at its limit.
         self.in_turn = False
+        self.has_more_to_send = False
         self._driver = driver
         self._protocol = ""
         self._close_error: ConnectionClosed | None = None

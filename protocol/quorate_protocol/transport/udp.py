@@ -11,7 +11,7 @@ gathered where they are (UDP_SEGMENT); a single one by plain `send`. A kernel or
 do it says so once, and is not asked again.
 
 What the kernel does not take is kept: the rest of one `send`, that is one pass of one connection
-(`endpoint.PASS_DATAGRAMS_MAX`, about 1 MiB with the largest packets). Nobody passes on anything more
+(`endpoint.PASS_DATAGRAMS_MAX`, `PASS_BYTES_MAX`). Nobody passes on anything more
 until it has left: what waits is in the streams' buffers, where it can still be overtaken.
 """
 
@@ -35,9 +35,8 @@ log = structlog.get_logger()
 #: enough that timers and other sockets get their turn (about 5 ms of engine work).
 BATCH_DATAGRAMS_MAX: Final = 256
 
-#: The same in bytes: 64 of the largest packets, 2 ms of work. Whatever waits for the loop (a critical message
-#: to be sent before the bulk) waits for no longer.
-_BATCH_BYTES_MAX: Final = 1 << 20
+#: The same in bytes, for the reasons of `endpoint.PASS_BYTES_MAX`.
+_BATCH_BYTES_MAX: Final = 256 << 10
 
 #: Larger than any UDP payload, merged ones too.
 _UDP_BYTES_MAX: Final = 65_536
