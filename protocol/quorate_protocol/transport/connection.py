@@ -239,7 +239,7 @@ class QuicConnection(Connection):
 
     # --- for streams ---
 
-    def write(self, stream_id: int, data: bytes, end: bool = False, *, hurried: bool = True) -> None:
+    def write(self, stream_id: int, data: bytes | memoryview, end: bool = False, *, hurried: bool = True) -> None:
         if self._close_error is None:
             self.engine.write(stream_id, data, end)
             if hurried:

@@ -53,9 +53,10 @@ PASS_BYTES_MAX: Final = 256 << 10
 _TURN_DATAGRAMS_MAX: Final = 256
 _WORK_BYTES: Final = 4096
 
-#: Passes of the loop's ready queue before a send pass, at the most. A reply usually goes through two or
-#: three tasks before it is written; without this its acknowledgement would leave alone. When nobody
-#: else waits for the loop, nobody has anything to add, and the pass is at once.
+#: Passes of the loop's ready queue between what came and the send pass, at the most. A reply usually goes
+#: through two or three tasks before it is written; without this its acknowledgement would leave alone.
+#: When nobody else waits for the loop, nobody has anything to add, and the pass is at once; so it is
+#: when nothing came that wants an answer.
 _TURN_HOPS: Final = 3
 
 #: Share of the time that strangers may take, so that a flood of them leaves the rest to those who are in; and how
@@ -101,6 +102,8 @@ class Endpoint:
         self._handshakes: dict[QuicConnection, asyncio.TimerHandle] = {}
         #: Connections that wait for their send pass, in order.
         self._turn: deque[QuicConnection] = deque()
+        #: Passes of the loop's ready queue that the turn still waits for.
+        self._turn_hops = 0
         self._turn_scheduled = False
         #: The connection whose datagrams are being sent.
         self._serving: QuicConnection | None = None
@@ -227,6 +230,7 @@ class Endpoint:
                 self._feed(connection, datagram, address, now)
                 self._handshake_credit_s -= clock() - began
             touched[connection] = None
+        self._turn_hops = _TURN_HOPS
         for connection in touched:
             if connection not in self._connections:
                 continue
@@ -325,13 +329,15 @@ class Endpoint:
 
     def _schedule_turn(self) -> None:
         self._turn_scheduled = True
-        self._loop.call_soon(self._await_turn, _TURN_HOPS)
+        self._loop.call_soon(self._await_turn)
 
-    def _await_turn(self, hops: int) -> None:
+    def _await_turn(self) -> None:
         """Lets the tasks that were woken, and those that they wake in turn, have their say first."""
-        if hops and self._others_wait():
-            self._loop.call_soon(self._await_turn, hops - 1)
+        if self._turn_hops and self._others_wait():
+            self._turn_hops -= 1
+            self._loop.call_soon(self._await_turn)
         else:
+            self._turn_hops = 0
             self._serve_turn()
 
     def _others_wait(self) -> bool:

@@ -68,18 +68,17 @@ class QuicSendStream(SendStream):
             raise RuntimeError(f"stream {self.id}: two tasks send at once")
         self._sending = True
         try:
-            view = memoryview(data)
-            while True:
-                while self._connection.is_write_full(self):
+            connection = self._connection
+            for at in range(0, len(data) or 1, _SLICE_BYTES):
+                while connection.is_write_full(self):
                     await self._wait_for_room()
                     self._check_can_send()
-                self._connection.write(self.id, bytes(view[:_SLICE_BYTES]))
-                view = view[_SLICE_BYTES:]
-                if not view:
-                    break
-                self._sending_midway = True
-            self._sending_midway = False
-            if self._connection.is_write_full(self):
+                # The engine copies what it is given.
+                connection.write(
+                    self.id, data if len(data) <= _SLICE_BYTES else memoryview(data)[at : at + _SLICE_BYTES]
+                )
+                self._sending_midway = at + _SLICE_BYTES < len(data)
+            if connection.is_write_full(self):
                 await self._wait_for_room()
                 if self._send_error is not None:
                     raise self._send_error.with_traceback(None)

@@ -155,7 +155,7 @@ class AioquicEngine:
     def set_priority(self, stream_id: int, priority: Priority) -> None:
         self._quic.set_priority(stream_id, priority)
 
-    def write(self, stream_id: int, data: bytes, end: bool = False) -> None:
+    def write(self, stream_id: int, data: bytes | memoryview, end: bool = False) -> None:
         self._quic.write(stream_id, data, end)
 
     def unacknowledged_bytes(self, stream_id: int) -> int:

@@ -25,7 +25,7 @@ _SCALE: Final = 0.4
 _RENO_INCREASE: Final = 3 * (1 - _DECREASE) / (1 + _DECREASE)
 
 #: RFC 9002, 7.2.
-_INITIAL_SEGMENTS: Final = 10
+INITIAL_SEGMENTS: Final = 10
 _MINIMUM_SEGMENTS: Final = 2
 
 #: Ceiling of the window: with a segment of 1200 bytes it is 14,000 packets, half of what packet numbers
@@ -47,7 +47,7 @@ class Cubic(QuicCongestionControl):
     def __init__(self, *, max_datagram_size: int) -> None:
         super().__init__(max_datagram_size=max_datagram_size)
         self.segment_bytes = max_datagram_size
-        self.congestion_window = _INITIAL_SEGMENTS * max_datagram_size
+        self.congestion_window = INITIAL_SEGMENTS * max_datagram_size
         #: The window as a real number: growth is often less than a byte for each acknowledgement.
         self._window = float(self.congestion_window)
         self._window_before_loss = 0.0
@@ -75,6 +75,10 @@ class Cubic(QuicCongestionControl):
         filled = self.congestion_window // 2 if self.ssthresh is None else self.congestion_window
         if in_flight + 3 * self.segment_bytes > filled:
             self._filled_up_to = packet.packet_number
+
+    def was_filled(self, packet_number: int) -> bool:
+        """Whether the window was in use when that packet was sent: what its journey took says something of it."""
+        return packet_number <= self._filled_up_to
 
     def on_packet_acked(self, *, now: float, packet: Any) -> None:
         """Takes a packet out of flight and lets the window grow, if it was in use."""
@@ -211,7 +215,7 @@ class Pacer:
         """The window or the round-trip time (seconds) has changed."""
         pace = _PACE_SLOW_START if slow_start else _PACE
         rate = pace * congestion_window / max(smoothed_rtt, 1e-6)
-        self._burst_bytes = max(_INITIAL_SEGMENTS * self.segment_bytes, rate * _TIMER_S)
+        self._burst_bytes = max(INITIAL_SEGMENTS * self.segment_bytes, rate * _TIMER_S)
         if self._rate is None:
             self._credit_bytes = self._burst_bytes
         self._rate = rate

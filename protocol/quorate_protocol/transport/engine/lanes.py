@@ -18,21 +18,21 @@ class Lanes:
 
     def __init__(self) -> None:
         self._lanes: tuple[deque[Stream], ...] = tuple(deque() for _ in Priority)
-        #: Ids of all that are in a lane.
-        self._queued: set[int] = set()
+        #: Ids of all that are in a lane; for others to look whether there are any.
+        self.queued: set[int] = set()
         #: Class of each stream that has another than NORMAL.
         self._priorities: dict[int, Priority] = {}
         #: Packets in a row for which a lane had something to send and was passed over.
         self._passed_over = [0] * len(Priority)
 
     def __len__(self) -> int:
-        return len(self._queued)
+        return len(self.queued)
 
     def add(self, stream: Stream) -> None:
         """The stream has something to send."""
         stream_id = stream.stream_id
-        if stream_id not in self._queued:
-            self._queued.add(stream_id)
+        if stream_id not in self.queued:
+            self.queued.add(stream_id)
             self._lanes[self._priorities.get(stream_id, Priority.NORMAL)].append(stream)
 
     def set_priority(self, stream: Stream, priority: Priority) -> None:
@@ -45,7 +45,7 @@ class Lanes:
             del self._priorities[stream_id]
         else:
             self._priorities[stream_id] = priority
-        if stream_id in self._queued:
+        if stream_id in self.queued:
             self._lanes[before].remove(stream)
             self._lanes[priority].append(stream)
 
@@ -61,7 +61,11 @@ class Lanes:
                 may have more, False when the stream has nothing left to send.
         """
         order = [index for index, lane in enumerate(self._lanes) if lane]
-        if len(order) > 1:
+        if len(order) == 1:
+            # Nobody is passed over.
+            self._serve_lane(order[0], write)
+            return
+        if order:
             for index in order:
                 if self._passed_over[index] >= PATIENCE_PACKETS[index] > 0:
                     order.remove(index)
@@ -72,10 +76,15 @@ class Lanes:
             if is_full:
                 self._passed_over[index] += 1
                 continue
-            self._passed_over[index] = 0
-            lane = self._lanes[index]
-            while lane:
-                if is_full := write(lane[0]):
-                    lane.rotate(-1)
-                    break
-                self._queued.discard(lane.popleft().stream_id)
+            is_full = self._serve_lane(index, write)
+
+    def _serve_lane(self, index: int, write: Callable[[Stream], bool]) -> bool:
+        """Serves a lane's streams in turn; True when the packet is full."""
+        self._passed_over[index] = 0
+        lane = self._lanes[index]
+        while lane:
+            if write(lane[0]):
+                lane.rotate(-1)
+                return True
+            self.queued.discard(lane.popleft().stream_id)
+        return False

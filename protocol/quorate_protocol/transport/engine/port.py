@@ -106,7 +106,7 @@ class Engine(Protocol):
     def set_priority(self, stream_id: int, priority: Priority) -> None:
         """Changes the sending class of a stream."""
 
-    def write(self, stream_id: int, data: bytes, end: bool = False) -> None:
+    def write(self, stream_id: int, data: bytes | memoryview, end: bool = False) -> None:
         """Buffers bytes of a stream; the caller watches `unacknowledged_bytes`."""
 
     def unacknowledged_bytes(self, stream_id: int) -> int:

@@ -89,7 +89,7 @@ class Connection(SendingConnection):
             self._lanes.set_priority(stream, priority)
             stream.sender.move_to(self.accounts[priority])
 
-    def write(self, stream_id: int, data: bytes, end: bool) -> None:
+    def write(self, stream_id: int, data: bytes | memoryview, end: bool) -> None:
         """Buffers bytes."""
         stream: Stream = self._streams[stream_id]
         stream.sender.write(data, end)

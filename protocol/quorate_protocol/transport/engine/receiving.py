@@ -18,7 +18,7 @@ from aioquic.quic.connection import (
     QuicNetworkPath,
     QuicReceiveContext,
 )
-from aioquic.quic.packet import QuicErrorCode, QuicFrameType, decode_packet_number
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType
 from aioquic.quic.recovery import MAX_ACK_RANGES
 from aioquic.quic.stream import StreamFinishedError
 from aioquic.tls import Epoch
@@ -102,6 +102,16 @@ class ReceivingConnection(QuicConnection):
         """What an authentic packet moves: the idle timer, or, at the same time as another, its space."""
         return self._close_at, self._space and self._space.largest_received_packet
 
+    def _idle_timeout(self) -> float:
+        """RFC 9000, 10.1: three probe timeouts at the least, which are far below on a path of less than a second."""
+        timeout_s = self._configuration.idle_timeout
+        if self._remote_max_idle_timeout is not None:
+            timeout_s = min(timeout_s, self._remote_max_idle_timeout)
+        loss = self._loss
+        if timeout_s > 20.0 and loss._rtt_smoothed < 1.0 and loss._rtt_variance < 1.0:
+            return timeout_s
+        return max(timeout_s, 3 * loss.get_probe_timeout())
+
     def _path_changed(self, old: QuicNetworkPath, new: QuicNetworkPath) -> None:
         """The peer has moved to another address."""
 
@@ -129,7 +139,12 @@ class ReceivingConnection(QuicConnection):
             mask[1 : 1 + number_bytes], "big"
         )
         space = self._space
-        number = decode_packet_number(truncated, number_bytes * 8, space.expected_packet_number)
+        # RFC 9000, A.3: the number that is closest to the expected one.
+        number_window = 1 << 8 * number_bytes
+        expected = space.expected_packet_number - (number_window >> 1)
+        number = expected + (truncated - expected) % number_window
+        if number < 0:
+            number += number_window
         aead = keys.aead
         try:
             plain = aead._aead.decrypt(
@@ -166,7 +181,9 @@ class ReceivingConnection(QuicConnection):
             space.largest_received_time = now
         space.received_packets.add(number)
         ranges = space.ack_queue._RangeSet__ranges
-        if ranges and ranges[-1].stop == number:
+        if not ranges:
+            ranges.append(range(number, number + 1))
+        elif ranges[-1].stop == number:
             ranges[-1] = range(ranges[-1].start, number + 1)
         else:
             space.ack_queue.add(number)

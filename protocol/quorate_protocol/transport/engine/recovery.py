@@ -14,7 +14,7 @@ from aioquic.quic.recovery import (
     QuicPacketSpace,
 )
 
-from quorate_protocol.transport.engine.congestion import Cubic, Pacer
+from quorate_protocol.transport.engine.congestion import INITIAL_SEGMENTS, Cubic, Pacer
 from quorate_protocol.transport.engine.mtu import PathMtu
 
 
@@ -109,7 +109,8 @@ class Recovery(QuicPacketRecovery):
             return
         if newest.packet_number == largest_acked and is_ack_eliciting and newest.sent_time is not None:
             self._sample_rtt(now - newest.sent_time, min(ack_delay, self.max_ack_delay), now)
-            congestion.on_rtt_measurement(now=now, rtt=self._rtt_latest)
+            if congestion.was_filled(newest.packet_number):
+                congestion.on_rtt_measurement(now=now, rtt=self._rtt_latest)
         self._pace_is_stale = True
         self._detect_loss(now=now, space=space)
         if self.peer_completed_address_validation:
@@ -132,6 +133,10 @@ class Recovery(QuicPacketRecovery):
 
     def pacing_credit_bytes(self, now: float) -> float:
         """Bytes that the pacer lets leave now."""
+        congestion = self._cc
+        if congestion.bytes_in_flight <= congestion.segment_bytes:
+            # RFC 9002, 7.7 allows for bursts of an initial window. Whoever sends small messages is never paced.
+            return float(INITIAL_SEGMENTS * congestion.segment_bytes)
         if self._pace_is_stale and self._rtt_initialized:
             self._pace_is_stale = False
             self._pacer.update_rate(

@@ -62,7 +62,7 @@ class SendBuffer(QuicStreamSender):
         """Where the next frame begins."""
         return self._lost[0].start if len(self._lost) else self.highest_offset
 
-    def write(self, data: bytes, end_stream: bool = False) -> None:
+    def write(self, data: bytes | memoryview, end_stream: bool = False) -> None:
         """Adds bytes, or the end.
 
         Raises:

@@ -69,7 +69,7 @@ class SendingConnection(WritingConnection):
             return True
         if self._state in END_STATES:
             return self._packets_since_close >= self._close_again_at
-        if self._lanes or self._datagrams_pending or self._finished or not self._is_steady:
+        if self._lanes.queued or self._datagrams_pending or self._finished or not self._is_steady:
             return True
         ack_at = self._space.ack_at
         if (ack_at is not None and ack_at <= now) or self._has_control():
@@ -227,6 +227,7 @@ class SendingConnection(WritingConnection):
             self._drop_finished()
         pacer = self._loss._pacer
         credit_bytes = self._loss.pacing_credit_bytes(now)
+        lanes, queued = self._lanes, self._lanes.queued
         ack_at = None if is_early else self._space.ack_at
         # An acknowledgement that is due is not paced.
         if credit_bytes <= 0 and (ack_at is None or ack_at > now):
@@ -234,16 +235,16 @@ class SendingConnection(WritingConnection):
             return
         self._builder = builder
         builder.start_packet(packet_type, crypto)
-        if ack_at is not None and (ack_at <= now or self._lanes or self._datagrams_pending):
+        if ack_at is not None and (ack_at <= now or queued or self._datagrams_pending):
             self._write_ack(builder, self._space, now)
         if not self._is_steady or self._has_control():
             self._write_control(builder, network_path, now, is_early)
         while True:
             if self._datagrams_pending:
                 self._write_datagrams(builder)
-            if self._lanes:
-                self._lanes.serve(self._write_stream)
-            if builder.packet_is_empty or not (self._lanes or self._datagrams_pending or self._limits_due):
+            if queued:
+                lanes.serve(self._write_stream)
+            if not (queued or self._datagrams_pending or self._limits_due) or builder.packet_is_empty:
                 return
             self.mtu.want()
             if builder.datagrams_built + 1 >= count_max:

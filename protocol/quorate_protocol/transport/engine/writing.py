@@ -44,6 +44,8 @@ class WritingConnection(ReceivingConnection):
         #: Datagrams that were dropped before they were sent.
         self.datagrams_dropped = 0
         self._packets_since_ack = 0
+        #: Whether some of our connection ids may not have been told to the peer.
+        self._ids_due = True
         #: Of the pass under way; that of a steady connection is used again and again.
         self._builder: Any = None
 
@@ -59,10 +61,14 @@ class WritingConnection(ReceivingConnection):
             or not self._crypto_streams[Epoch.ONE_RTT].sender.buffer_is_empty
         ):
             return True
-        for limit in (self._local_max_data, self._local_max_streams_bidi, self._local_max_streams_uni):
-            if limit.sent - limit.used < limit.value - limit.sent:
-                return True
-        return any(not connection_id.was_sent for connection_id in self._host_cids)
+        data, bidi, uni = self._local_max_data, self._local_max_streams_bidi, self._local_max_streams_uni
+        return (
+            self._ids_due
+            # As `_is_due`, which would be three calls for each packet.
+            or 2 * data.sent < data.value + data.used
+            or 2 * bidi.sent < bidi.value + bidi.used
+            or 2 * uni.sent < uni.value + uni.used
+        )
 
     def _write_ack(self, builder: PacketBuilder, space: Any, now: float) -> None:
         """An ACK frame (RFC 9000, 19.3)."""
@@ -87,6 +93,7 @@ class WritingConnection(ReceivingConnection):
             for connection_id in self._host_cids:
                 if not connection_id.was_sent:
                     self._write_new_connection_id_frame(builder=builder, connection_id=connection_id)
+            self._ids_due = False
             while self._retire_connection_ids:
                 self._write_retire_connection_id_frame(builder=builder, sequence_number=self._retire_connection_ids[0])
                 self._retire_connection_ids.pop(0)
@@ -228,6 +235,26 @@ class WritingConnection(ReceivingConnection):
         buf.push_uint_var(frame.final_size)
 
     # --- what became of it ---
+
+    def _on_ack_delivery(self, delivery: QuicDeliveryState, space: Any, highest_acked: int) -> None:
+        """RFC 9000, 13.2.4: what the peer knows to be acknowledged need not be acknowledged again."""
+        if delivery is not QuicDeliveryState.ACKED:
+            return
+        ranges = space.ack_queue._RangeSet__ranges
+        if len(ranges) == 1 and ranges[0].start <= highest_acked < ranges[0].stop:
+            ranges[0] = range(highest_acked + 1, ranges[0].stop)
+            if not ranges[0]:
+                ranges.clear()
+        else:
+            space.ack_queue.subtract(0, highest_acked + 1)
+
+    def _replenish_connection_ids(self) -> None:
+        super()._replenish_connection_ids()
+        self._ids_due = True
+
+    def _on_new_connection_id_delivery(self, delivery: QuicDeliveryState, connection_id: Any) -> None:
+        super()._on_new_connection_id_delivery(delivery, connection_id)
+        self._ids_due = self._ids_due or not connection_id.was_sent
 
     def _on_stream_delivery(
         self, delivery: QuicDeliveryState, stream: Stream, start: int, stop: int, end: bool
