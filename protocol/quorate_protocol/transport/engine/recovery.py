@@ -14,7 +14,7 @@ from aioquic.quic.recovery import (
     QuicPacketSpace,
 )
 
-from quorate_protocol.transport.engine.congestion import INITIAL_SEGMENTS, Cubic, Pacer
+from quorate_protocol.transport.engine.congestion import Cubic, Pacer
 from quorate_protocol.transport.engine.mtu import PathMtu
 
 
@@ -133,10 +133,6 @@ class Recovery(QuicPacketRecovery):
 
     def pacing_credit_bytes(self, now: float) -> float:
         """Bytes that the pacer lets leave now."""
-        congestion = self._cc
-        if congestion.bytes_in_flight <= congestion.segment_bytes:
-            # RFC 9002, 7.7 allows for bursts of an initial window. Whoever sends small messages is never paced.
-            return float(INITIAL_SEGMENTS * congestion.segment_bytes)
         if self._pace_is_stale and self._rtt_initialized:
             self._pace_is_stale = False
             self._pacer.update_rate(

@@ -225,13 +225,15 @@ class SendingConnection(WritingConnection):
         packet_type = QuicPacketType.ZERO_RTT if is_early else QuicPacketType.ONE_RTT
         if self._finished:
             self._drop_finished()
-        pacer = self._loss._pacer
-        credit_bytes = self._loss.pacing_credit_bytes(now)
+        loss = self._loss
+        # A first packet that finds nothing before it on the path need not be paced, nor need small messages ever.
+        is_paced = loss._cc.bytes_in_flight > 0
+        credit_bytes = loss.pacing_credit_bytes(now) if is_paced else 1
         lanes, queued = self._lanes, self._lanes.queued
         ack_at = None if is_early else self._space.ack_at
         # An acknowledgement that is due is not paced.
         if credit_bytes <= 0 and (ack_at is None or ack_at > now):
-            self._pacing_at = pacer.next_send_time(now, 0)
+            self._pacing_at = loss._pacer.next_send_time(now, 0)
             return
         self._builder = builder
         builder.start_packet(packet_type, crypto)
@@ -250,8 +252,10 @@ class SendingConnection(WritingConnection):
             if builder.datagrams_built + 1 >= count_max:
                 return
             builder.start_packet(packet_type, crypto)
+            if not is_paced:
+                is_paced, credit_bytes = True, loss.pacing_credit_bytes(now)
             if builder.bytes_built >= credit_bytes:
-                self._pacing_at = pacer.next_send_time(now, builder.bytes_built)
+                self._pacing_at = loss._pacer.next_send_time(now, builder.bytes_built)
                 return
             if self._limits_due:
                 self._write_limits(builder)
