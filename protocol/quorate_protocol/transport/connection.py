@@ -17,7 +17,7 @@ from quorate_protocol.errors import (
     ResetByPeer,
     StoppedByPeer,
 )
-from quorate_protocol.limits import CLASS_WRITE_BYTES_HIGH, DATAGRAM_QUEUE_MAX
+from quorate_protocol.limits import CLASS_WRITE_BYTES_HIGH, DATAGRAM_QUEUE_MAX, STREAM_WRITE_BYTES_HIGH
 from quorate_protocol.transport.address import format_address
 from quorate_protocol.transport.api import (
     BiStream,
@@ -40,6 +40,9 @@ class Driver(Protocol):
 
     def wants_turn(self, connection: "QuicConnection") -> None:
         """Something may have to be sent or a timer armed: serve this connection at the end of the turn."""
+
+    def wants_turn_at_once(self, connection: "QuicConnection") -> None:
+        """As `wants_turn`, and the turn may be now, inside the call."""
 
     def wants_turn_soon(self, connection: "QuicConnection") -> None:
         """As `wants_turn`, but some milliseconds may pass, in which other things to send may come along."""
@@ -243,7 +246,7 @@ class QuicConnection(Connection):
         if self._close_error is None:
             self.engine.write(stream_id, data, end)
             if hurried:
-                self._driver.wants_turn(self)
+                self._driver.wants_turn_at_once(self)
             else:
                 self._driver.wants_turn_soon(self)
 
@@ -264,7 +267,7 @@ class QuicConnection(Connection):
         self.engine.send_datagram(data)
         self.stats.datagrams_sent += 1
         self.count_dropped()
-        self._driver.wants_turn(self)
+        self._driver.wants_turn_at_once(self)
 
     def count_dropped(self) -> None:
         self.stats.datagrams_dropped = self.datagrams.unread_dropped + self.engine.datagrams_dropped
@@ -288,10 +291,11 @@ class QuicConnection(Connection):
     def is_write_full(self, stream: QuicSendStream) -> bool:
         """Whether a writer of this stream should sleep: its own buffer or that of its class is full."""
         engine = self.engine
-        return (
-            engine.unacknowledged_bytes(stream.id) >= engine.write_bytes_high
-            or engine.unacknowledged_class_bytes(stream.priority) >= CLASS_WRITE_BYTES_HIGH
-        )
+        held_bytes = engine.unacknowledged_bytes(stream.id)
+        # Above the least mark only: where the path takes more, the stream's mark is higher.
+        if held_bytes >= STREAM_WRITE_BYTES_HIGH and held_bytes >= engine.write_bytes_high:
+            return True
+        return engine.unacknowledged_class_bytes(stream.priority) >= CLASS_WRITE_BYTES_HIGH
 
     def is_over_write_low(self, priority: Priority) -> bool:
         """Whether the buffer of this class is more than half full."""

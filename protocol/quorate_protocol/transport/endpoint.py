@@ -169,6 +169,16 @@ class Endpoint:
         if not self._turn_scheduled:
             self._schedule_turn()
 
+    def wants_turn_at_once(self, connection: QuicConnection) -> None:
+        if self._turn_scheduled or not self._port.is_writable or self._others_wait():
+            self.wants_turn(connection)
+            return
+        # Nobody else wants anything, and nothing came that this could be an answer to: waiting would bring no company.
+        # What else is written before the loop goes on waits for that, and leaves together.
+        self._serve(connection, self._loop.time())
+        if connection in self._connections:
+            self.wants_turn(connection)
+
     def wants_turn_soon(self, connection: QuicConnection) -> None:
         self._unhurried[connection] = None
         if self._unhurried_timer is None:

@@ -28,7 +28,7 @@ _WARM_UP_BYTES: Final = 1 << 20
 _ANSWER_TIMEOUT_S: Final = 5.0
 #: Turns of the loop between samples, for what has come to be handled outside of what is measured. No sleep: what a
 #: processor that was asleep takes to get going is not the transport's.
-_SETTLE_TURNS: Final = 3
+_SETTLE_TURNS: Final = 10
 #: Head start of the bulk, in seconds.
 _BULK_LEAD_S: Final = 0.001
 

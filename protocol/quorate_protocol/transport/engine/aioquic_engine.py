@@ -160,10 +160,7 @@ class AioquicEngine:
 
     def unacknowledged_bytes(self, stream_id: int) -> int:
         stream = self._quic._streams.get(stream_id)
-        if stream is None:
-            return 0
-        sender = stream.sender
-        return sender._buffer_stop - sender._buffer_start
+        return stream.sender._buffer_stop - stream.sender._buffer_start if stream is not None else 0
 
     @property
     def unacknowledged_total_bytes(self) -> int:
