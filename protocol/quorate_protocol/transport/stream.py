@@ -35,6 +35,12 @@ def check_code(code: int) -> None:
 class QuicSendStream(SendStream):
     """The sending half. `_connection` tells it about acknowledgements, stops and the end."""
 
+    _send_error: QuorateError | None = None
+    _send_ended = False
+    _sending = False
+    #: A sleeping `send` has handed over a part of its bytes: nothing else may come between.
+    _sending_midway = False
+
     def __init__(self, connection: "QuicConnection", stream_id: int, priority: Priority) -> None:
         self._init_send(connection, stream_id, priority)
 
@@ -42,11 +48,6 @@ class QuicSendStream(SendStream):
         self._connection = connection
         self.id = stream_id
         self._priority = priority
-        self._send_error: QuorateError | None = None
-        self._send_ended = False
-        self._sending = False
-        #: A sleeping `send` has handed over a part of its bytes: nothing else may come between.
-        self._sending_midway = False
         #: Tasks that wait for acknowledgements: the unacknowledged bytes at which each goes on, and whether it waits
         #: for the connection's other streams, too.
         self._send_waiters: dict[asyncio.Future[None], tuple[int, bool]] = {}
@@ -164,6 +165,11 @@ class QuicSendStream(SendStream):
 class QuicReceiveStream(ReceiveStream):
     """The receiving half: chunks that the engine delivered and nobody has read."""
 
+    _receive_ended = False
+    _receive_error: QuorateError | None = None
+    _stopped = False
+    _receive_waiter: asyncio.Future[None] | None = None
+
     def __init__(self, connection: "QuicConnection", stream_id: int) -> None:
         self._init_receive(connection, stream_id)
 
@@ -171,10 +177,6 @@ class QuicReceiveStream(ReceiveStream):
         self._connection = connection
         self.id = stream_id
         self._unread: deque[bytes] = deque()
-        self._receive_ended = False
-        self._receive_error: QuorateError | None = None
-        self._stopped = False
-        self._receive_waiter: asyncio.Future[None] | None = None
 
     async def receive(self, max_bytes: int = 65_536) -> bytes:
         if max_bytes < 1:

@@ -113,7 +113,7 @@ class Children:
         log = self._directory / f"{side}-{what}-{len(self._children)}.log"
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "quorate_coordinator.bench.transport.peer", side),
+                *(sys.executable, "-m", "quorate_coordinator.bench.transport.peer", side, str(_processor(what))),
                 env={key: value for key, value in os.environ.items() if not key.startswith("QUORATE_")},
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -161,3 +161,9 @@ class Children:
 
     async def _start_pair(self, side: str) -> Pair:
         return Pair(await self.start(side, "server"), await self.start(side, "client"))
+
+
+def _processor(what: str) -> int:
+    """A processor for each end: where the scheduler puts both on one, one waits for the other, and that is measured."""
+    processors = sorted(os.sched_getaffinity(0))
+    return processors[0] if what == "server" else processors[-1]

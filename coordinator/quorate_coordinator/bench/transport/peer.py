@@ -111,7 +111,8 @@ async def _answer(peer: Peer, command: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The process."""
+    """The process: which side it is, and the processor that it runs on."""
+    os.sched_setaffinity(0, {int(sys.argv[2])})
     side: Side
     if sys.argv[1] == STOCK:
         from quorate_coordinator.bench.transport.stock_side import StockSide

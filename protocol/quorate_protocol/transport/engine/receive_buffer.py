@@ -24,15 +24,17 @@ _JOINED_BYTES_MAX: Final = 4096
 class ReceiveBuffer(QuicStreamReceiver):
     """The receiving half of one stream; in-order bytes pass through it unbuffered."""
 
+    # How all begin: opening a stream then sets what differs.
+    highest_offset = 0
+    stop_pending = False
+    #: Offset of the next byte to deliver.
+    _buffer_start = 0
+    _final_size: int | None = None
+    _stop_error_code: int | None = None
+
     def __init__(self, stream_id: int, readable: bool) -> None:
-        self.highest_offset = 0
         self.is_finished = not readable
-        self.stop_pending = False
-        #: Offset of the next byte to deliver.
-        self._buffer_start = 0
-        self._final_size: int | None = None
         self._stream_id: int = stream_id
-        self._stop_error_code: int | None = None
         #: Pieces beyond it: where they begin, ascending, and their bytes. They do not overlap.
         self._starts: list[int] = []
         self._pieces: list[bytearray] = []

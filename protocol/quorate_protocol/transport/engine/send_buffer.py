@@ -27,24 +27,26 @@ class Account:
 class SendBuffer(QuicStreamSender):
     """The sending half of one stream. `highest_offset` is where bytes that were never sent begin."""
 
+    # How all begin: opening a stream then sets what differs. aioquic's own would make two sets of ranges that most
+    # streams never need.
+    buffer_is_empty = True
+    highest_offset = 0
+    is_finished = False
+    reset_pending = False
+    _acked_fin = False
+    _buffer_fin: int | None = None
+    _buffer_start = 0
+    _buffer_stop = 0
+    _pending_eof = False
+    _reset_error_code: int | None = None
+    #: Ranges that were acknowledged before what precedes them, and those that were sent and lost.
+    _acked: Any = ()
+    _lost: Sequence[range] = ()
+
     def __init__(self, stream_id: int, account: Account) -> None:
-        # Not by aioquic's: it makes two sets of ranges that most streams never need.
-        self.buffer_is_empty = True
-        self.highest_offset = 0
-        self.is_finished = False
-        self.reset_pending = False
-        self._acked_fin = False
         self._buffer = bytearray()
-        self._buffer_fin: int | None = None
-        self._buffer_start = 0
-        self._buffer_stop = 0
-        self._pending_eof = False
-        self._reset_error_code: int | None = None
         self._stream_id = stream_id
         self._account = account
-        #: Ranges that were acknowledged before what precedes them, and those that were sent and lost.
-        self._acked: Any = ()
-        self._lost: Sequence[range] = ()
 
     @property
     def held_bytes(self) -> int:
