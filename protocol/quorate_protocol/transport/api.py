@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from quorate_protocol.errors import Code, ServerClosed
+from quorate_protocol.limits import UDP_PAYLOAD_BYTES_MIN
 
 
 class Priority(IntEnum):
@@ -60,6 +61,8 @@ class ConnectionStats:
     streams_open: int = 0
     #: Gauge: smoothed round-trip time in seconds; 0 until measured.
     rtt_s: float = 0.0
+    #: Gauge: largest UDP payload that is sent now: what path MTU discovery has come to.
+    udp_payload_bytes: int = UDP_PAYLOAD_BYTES_MIN
     #: Gauge: the loop's time when a packet last came from the peer.
     received_at: float = field(default=0.0)
 

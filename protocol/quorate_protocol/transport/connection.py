@@ -334,6 +334,7 @@ class QuicConnection(Connection):
         """Passes on what the engine reports and wakes senders whose bytes were acknowledged."""
         self.engine.report(self)
         self.stats.rtt_s = self.engine.rtt_s
+        self.stats.udp_payload_bytes = self.engine.udp_payload_bytes
         for priority, waiting in enumerate(self._cap_writers):
             if waiting and not self.is_over_write_low(Priority(priority)):
                 for stream in list(waiting.values()):
