@@ -32,7 +32,7 @@ GET_VENV := test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo 'Insta
 help: ## list the targets
 	@printf 'Quorate. Targets:\n\n'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PYTHON=%s VENV=%s ARGS="..." (for demo, test, fuzz and bench)\n' '$(PYTHON)' '$(VENV)'
+	@printf '\nVariables: PYTHON=%s VENV=%s ARGS="..." (for demo, test, fuzz and bench) FUZZ_SECONDS=%s\n' '$(PYTHON)' '$(VENV)' '$(FUZZ_SECONDS)'
 
 .PHONY: demo
 demo: $(STAMP) ## one coordinator and six agents on a real data set (ARGS="--dataset phishing")
@@ -43,7 +43,8 @@ test: lint ## lint, then all tests (ARGS="-k settings")
 	@$(BIN)/python -m pytest --durations=15 --durations-min=1 $(ARGS)
 
 .PHONY: fuzz
-fuzz: $(STAMP) ## look for trouble in the wire and the transport (FUZZ_SECONDS=600 for each test)
+fuzz: $(STAMP) ## look for trouble in the wire and the transport (FUZZ_SECONDS=600 for most tests; 60)
+	@[[ '$(FUZZ_SECONDS)' =~ ^[0-9]+([.][0-9]+)?$$ ]] || { echo 'FUZZ_SECONDS is a number of seconds, and not $(FUZZ_SECONDS)' >&2; exit 2; }
 	@QUORATE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz --timeout=0 $(ARGS)
 
 .PHONY: lint

@@ -99,6 +99,11 @@ class ConnectionClosed(LinkError):
         self.by_peer = by_peer
         self.transport = transport
 
+    @property
+    def timed_out(self) -> bool:
+        """Whether it ended because nothing came of the peer for too long (RFC 9000, 10.1)."""
+        return self.transport and not self.by_peer and self.reason == "Idle timeout"
+
 
 class ServerClosed(LinkError):
     """The listening endpoint was closed: no connection will come."""

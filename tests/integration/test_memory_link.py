@@ -259,15 +259,13 @@ def test_a_loop_that_ended_without_closing_leaves_no_name_behind(credentials):
 @virtual_time
 async def test_the_certificate_has_to_carry_the_name(credentials):
     network = MemoryNetwork()
-    tls = ClientTls(credentials.ca_file)
-    async with await listen("memory:elsewhere", tls=credentials.tls, network=network):
+    async with await listen("memory:here", tls=credentials.tls, network=network):
         with pytest.raises(ConnectFailed, match="certificate is for another host"):
-            await connect("memory:elsewhere", tls=tls, network=network)
-    async with (
-        await listen("memory:localhost", tls=credentials.tls, network=network),
-        await connect("memory:localhost", tls=tls, network=network) as connection,
-    ):
-        assert connection.peer == "memory:localhost"
+            other = ClientTls(credentials.ca_file, server_name="elsewhere")
+            await connect("memory:here", tls=other, network=network)
+        # Without a name it is that of this machine: names in memory are no hosts.
+        async with await connect("memory:here", tls=ClientTls(credentials.ca_file), network=network) as connection:
+            assert connection.peer == "memory:here"
 
 
 async def test_a_network_is_for_links_in_memory(credentials):
@@ -382,3 +380,17 @@ async def test_a_fault_that_is_switched_on_does_not_shift_the_others():
     without, with_loss = arrivals(0.0), arrivals(0.3)
     assert 0 < len(with_loss) < len(without)
     assert with_loss.items() <= without.items()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("loss", 5), ("loss", -0.1), ("duplication", 2), ("reordering", 1.1), ("delay_s", -1), ("jitter_s", float("nan"))],
+)
+def test_faults_that_make_no_sense_are_named(setting, value):
+    with pytest.raises(ConfigurationError, match=f"^{setting}: .*{value}"):
+        MemoryNetwork(**{setting: value})
+
+
+def test_a_network_that_carries_no_quic_is_refused():
+    with pytest.raises(ConfigurationError, match=r"^mtu_bytes: .*1200.*10"):
+        MemoryNetwork(mtu_bytes=10)

@@ -1,5 +1,6 @@
 """Streams and datagrams over real sockets: what goes in comes out, whole, in order, and ends as it should."""
 
+import array
 import asyncio
 
 import pytest
@@ -408,3 +409,45 @@ async def test_a_cancelled_receive_loses_nothing(link):
             assert data or await read_exactly(there, 2) == b"%02d" % number
             datagram = b"" if waiting_datagram.cancelled() else waiting_datagram.result()
             assert datagram or await link.there.datagrams.receive() == b"%02d" % number
+
+
+@pytest.mark.parametrize(
+    "data",
+    [bytearray(b"12345678"), memoryview(b"12345678"), memoryview(array.array("H", [1, 2, 3, 4])), b"12345678"],
+    ids=["bytearray", "memoryview", "items of two bytes", "bytes"],
+)
+async def test_whatever_has_bytes_is_sent_whole(link, data):
+    expected = bytes(data)
+    stream = await link.here.open_uni_stream()
+    await stream.send(data)
+    stream.send_nowait(data)
+    await stream.finish()
+    assert await read_all(await link.there.accept_uni_stream()) == 2 * expected
+    link.here.datagrams.send(data)
+    assert await link.there.datagrams.receive() == expected
+
+
+@pytest.mark.parametrize("data", ["text", None, 7, memoryview(b"12345678")[::2]], ids=str)
+async def test_what_has_no_bytes_is_refused_at_the_call(link, data):
+    here, there = await pair(link)
+    with pytest.raises(TypeError):
+        await here.send(data)
+    with pytest.raises(TypeError):
+        here.send_nowait(data)
+    if not isinstance(data, memoryview):
+        with pytest.raises(TypeError):
+            link.here.datagrams.send(data)
+    await ping_pong(here, there)
+
+
+@pytest.mark.parametrize("priority", [9, -1, "HIGH", None, 1.5])
+async def test_what_is_no_class_changes_nothing(link, priority):
+    stream = await link.here.open_uni_stream(Priority.HIGH)
+    with pytest.raises(ValueError, match="is not a valid Priority"):
+        stream.priority = priority
+    with pytest.raises(ValueError, match="is not a valid Priority"):
+        await link.here.open_uni_stream(priority)
+    assert stream.priority is Priority.HIGH
+    assert (await link.here.open_uni_stream()).id == stream.id + 4
+    stream.priority = 3
+    assert stream.priority is Priority.LOW

@@ -9,7 +9,7 @@ from aioquic.quic.stream import FinalSizeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quorate_protocol.transport.engine.receive_buffer import PIECES_MAX, ReceiveBuffer
+from quorate_protocol.transport.engine.receive_buffer import PIECES_MAX, PieceCount, ReceiveBuffer
 
 LENGTH = 300
 DATA = random.Random(1).randbytes(LENGTH)
@@ -25,7 +25,7 @@ spans = st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted)
 
 @given(st.lists(spans, max_size=60), st.randoms(use_true_random=False))
 def test_any_pieces_in_any_order(pieces, source):
-    buffer = ReceiveBuffer(0, True)
+    buffer = ReceiveBuffer(0, True, PieceCount())
     pieces += [[at, min(at + 37, LENGTH)] for at in range(0, LENGTH, 37)]
     source.shuffle(pieces)
     delivered, came, ended = b"", set(), False
@@ -43,6 +43,7 @@ def test_any_pieces_in_any_order(pieces, source):
         ends = [start + len(piece) for start, piece in zip(buffer._starts, buffer._pieces, strict=True)]
         assert all(end <= start for end, start in zip(ends, buffer._starts[1:], strict=False))
         assert buffer.has_gaps == (len(came) > whole)
+        assert buffer._count.pieces == len(buffer._pieces)
     assert delivered == DATA
     assert ended
     assert buffer.is_finished
@@ -50,7 +51,7 @@ def test_any_pieces_in_any_order(pieces, source):
 
 @given(spans, st.integers(0, LENGTH), st.integers(0, LENGTH))
 def test_an_end_that_moves_is_an_error(span, end, other):
-    buffer = ReceiveBuffer(0, True)
+    buffer = ReceiveBuffer(0, True, PieceCount())
     take(buffer, end, end, fin=True)
     if other != end:
         with pytest.raises(FinalSizeError):
@@ -61,31 +62,32 @@ def test_an_end_that_moves_is_an_error(span, end, other):
 
 
 def test_an_end_before_what_came_is_an_error():
-    buffer = ReceiveBuffer(0, True)
+    buffer = ReceiveBuffer(0, True, PieceCount())
     take(buffer, 50, 100)
     with pytest.raises(FinalSizeError):
         take(buffer, 0, 20, fin=True)
 
 
 def test_a_reset_lets_go_of_what_was_kept():
-    buffer = ReceiveBuffer(0, True)
+    buffer = ReceiveBuffer(0, True, PieceCount())
     take(buffer, 50, 100)
     assert buffer.handle_reset(final_size=100, error_code=7).error_code == 7
     assert not buffer.has_gaps
     assert take(buffer, 0, 50) is None
 
 
-def test_too_many_gaps_are_an_error():
-    buffer = ReceiveBuffer(0, True)
+def test_too_many_gaps_are_an_error_however_many_streams_have_them():
+    count = PieceCount()
+    buffers = [ReceiveBuffer(4 * number, True, count) for number in range(8)]
     for number in range(PIECES_MAX):
-        assert buffer.handle_frame(QuicStreamFrame(data=b"x", offset=1 + 2 * number)) is None
+        assert buffers[number % 8].handle_frame(QuicStreamFrame(data=b"x", offset=1 + 2 * number)) is None
     with pytest.raises(QuicConnectionError):
-        buffer.handle_frame(QuicStreamFrame(data=b"x", offset=1 + 2 * PIECES_MAX))
+        buffers[0].handle_frame(QuicStreamFrame(data=b"x", offset=1 + 2 * PIECES_MAX))
 
 
 def test_a_window_sent_backwards_is_copied_in_small_pieces_and_arrives():
     data = random.Random(2).randbytes(100_000)
-    buffer = ReceiveBuffer(0, True)
+    buffer = ReceiveBuffer(0, True, PieceCount())
     for at in range(len(data) - 10, 0, -10):
         buffer.handle_frame(QuicStreamFrame(data=data[at : at + 10], offset=at))
     assert 100_000 / 4096 <= len(buffer._pieces) < 100
@@ -93,7 +95,7 @@ def test_a_window_sent_backwards_is_copied_in_small_pieces_and_arrives():
 
 
 def test_single_bytes_backwards_become_one_piece():
-    buffer = ReceiveBuffer(0, True)
+    buffer = ReceiveBuffer(0, True, PieceCount())
     for at in range(LENGTH - 1, 0, -1):
         take(buffer, at, at + 1)
     assert len(buffer._pieces) == 1

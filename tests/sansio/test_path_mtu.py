@@ -15,14 +15,14 @@ def search(mtu: PathMtu, path_bytes: int, now: float = 0.0, refuses: bool = Fals
     mtu.want()
     while (size := mtu.next_probe_bytes(now)) is not None:
         tried.append(size)
-        mtu.probe_sent(size, now)
+        probe = mtu.probe_sent(size, now)
         assert mtu.next_probe_bytes(now) is None, "one probe at a time"
         if size <= path_bytes:
-            mtu.probe_acknowledged(size, now)
+            mtu.probe_acknowledged(size, probe, now)
         elif refuses:
             mtu.refused(size, now)
         else:
-            mtu.probe_lost(size, now)
+            mtu.probe_lost(probe, now)
         assert len(tried) < 60, "the search does not end"
     return tried
 
@@ -57,11 +57,9 @@ def test_a_size_has_three_tries() -> None:
     mtu.want()
     for _ in range(2):
         assert mtu.next_probe_bytes(0.0) == CEILING
-        mtu.probe_sent(CEILING, 0.0)
-        mtu.probe_lost(CEILING, 0.0)
+        mtu.probe_lost(mtu.probe_sent(CEILING, 0.0), 0.0)
     assert mtu.next_probe_bytes(0.0) == CEILING
-    mtu.probe_sent(CEILING, 0.0)
-    mtu.probe_acknowledged(CEILING, 0.0)
+    mtu.probe_acknowledged(CEILING, mtu.probe_sent(CEILING, 0.0), 0.0)
     assert mtu.size_bytes == CEILING
 
 
@@ -70,8 +68,9 @@ def test_a_probe_that_nobody_answers_is_lost_after_a_second() -> None:
     mtu.want()
     mtu.probe_sent(CEILING, 5.0)
     assert mtu.timer() == 6.0
-    assert mtu.expire(5.9) is None
-    assert mtu.expire(6.0) == CEILING
+    mtu.expire(5.9)
+    assert mtu.timer() == 6.0
+    mtu.expire(6.0)
     assert mtu.timer() is None
     assert mtu.next_probe_bytes(6.0) == CEILING
 
@@ -144,3 +143,24 @@ def test_another_path_is_searched_anew() -> None:
     mtu.begin_path()
     assert mtu.size_bytes == BASE
     assert search(mtu, 65_507) == [CEILING]
+
+
+def test_a_late_answer_from_an_old_path_says_nothing_about_the_new_one() -> None:
+    mtu = PathMtu(CEILING)
+    mtu.want()
+    probe = mtu.probe_sent(CEILING, 0.0)
+    mtu.begin_path()
+    mtu.probe_acknowledged(CEILING, probe, 0.1)
+    assert mtu.size_bytes == BASE
+
+
+def test_the_loss_of_a_try_that_was_given_up_is_not_that_of_the_next() -> None:
+    mtu = PathMtu(CEILING)
+    mtu.want()
+    first = mtu.probe_sent(CEILING, 0.0)
+    mtu.expire(1.0)
+    second = mtu.probe_sent(CEILING, 1.0)
+    mtu.probe_lost(first, 1.1)
+    assert mtu.timer() == 2.0, "the second is under way"
+    mtu.probe_acknowledged(CEILING, second, 1.2)
+    assert mtu.size_bytes == CEILING

@@ -4,13 +4,14 @@ Needs the extra [bench] (matplotlib).
 """
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from quorate_coordinator.bench.report import number, times
+from quorate_coordinator.bench.report import notes_of, number, times
 from quorate_coordinator.bench.result import Result, Row
 from quorate_protocol.errors import ConfigurationError
 
@@ -23,6 +24,7 @@ _PEER: Final = "#555555"
 _WIDTH_INCHES: Final = 13.6
 _ROW_INCHES: Final = 0.42
 _FRAME_INCHES: Final = 1.9
+_NOTE_INCHES: Final = 0.165
 _DPI: Final = 150
 #: Columns of text right of the bars: heading, and where its right edge is, in widths of the axes.
 _COLUMNS: Final = (("Quorate", 1.15), ("{peer}", 1.33), ("ratio", 1.45), ("target", 1.63), ("", 1.77))
@@ -49,9 +51,13 @@ def draw(result: Result, file: Path) -> None:
     rows = [row for row in result.rows if row.ratio is not None]
     if not rows:
         raise ConfigurationError("--picture", "there is no row with something to compare with")
-    height_inches = _FRAME_INCHES + _ROW_INCHES * len(rows)
+    notes = _notes(result, rows)
+    notes_inches = _NOTE_INCHES * len(notes)
+    height_inches = _FRAME_INCHES + notes_inches + _ROW_INCHES * len(rows)
     figure = Figure(figsize=(_WIDTH_INCHES, height_inches))
-    axes = figure.add_axes((0.30, 0.95 / height_inches, 0.38, _ROW_INCHES * len(rows) / height_inches))
+    below = (0.95 + notes_inches) / height_inches
+    axes = figure.add_axes((0.30, below, 0.38, _ROW_INCHES * len(rows) / height_inches))
+    figure.text(0.02, 0.12 / height_inches, "\n".join(notes), va="bottom", fontsize=8, color="#555555")
     _draw_bars(axes, rows)
     _draw_frame(figure, axes, result, rows)
     try:
@@ -128,13 +134,21 @@ def _draw_frame(figure: Figure, axes: Axes, result: Result, rows: list[Row]) -> 
     )
     figure.text(
         0.02,
-        0.14 / height_inches,
+        (0.18 + _NOTE_INCHES * len(_notes(result, rows))) / height_inches,
         "solid: target met, or none promised    hatched: target missed    diamond: target    "
         "↑ higher values are better, ↓ lower ones are",
         va="bottom",
         fontsize=9.5,
         color="#333333",
     )
+
+
+def _notes(result: Result, rows: list[Row]) -> list[str]:
+    """Lines that say what the numbers leave unsaid."""
+    notes = ["a quick run: the numbers say little"] if result.machine.get("quick") else []
+    for note, names in notes_of(rows):
+        notes += textwrap.wrap(f"{'; '.join(names)}: {note}", 165)
+    return notes
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def show(result: Result, json_file: Path | None) -> None:
         console.print(
             f"ratio: how many times better than {peer}, measured in the same run", style="dim", highlight=False
         )
-    for note, rows in _notes(result.rows):
+    for note, rows in notes_of(result.rows):
         console.print(f"{', '.join(rows)}: {note}", style="dim", highlight=False)
     if json_file is not None:
         try:
@@ -76,8 +75,13 @@ def check_writable(option: str, file: Path | None) -> None:
         raise ConfigurationError(option, f"{file} is a directory")
     if not file.parent.is_dir():
         raise ConfigurationError(option, f"cannot write {file}: there is no directory {file.parent}")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise ConfigurationError(option, f"cannot write {file}: permission denied")
+    existed = file.exists()
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        raise ConfigurationError(option, f"cannot write {file}: {error.strerror}") from error
+    if not existed:
+        file.unlink()
 
 
 def number(value: float, unit: str) -> str:
@@ -85,7 +89,7 @@ def number(value: float, unit: str) -> str:
     return f"{value:,.0f} {unit}" if abs(value) >= 10_000 else f"{value:.4g} {unit}"
 
 
-def _notes(rows: list[Row]) -> list[tuple[str, list[str]]]:
+def notes_of(rows: list[Row]) -> list[tuple[str, list[str]]]:
     """Each note once, with the rows that it is about."""
     notes: dict[str, list[str]] = {}
     for row in rows:

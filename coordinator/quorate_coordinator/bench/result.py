@@ -1,5 +1,6 @@
 """The form of every benchmark's result."""
 
+import importlib.metadata
 import os
 import platform
 from dataclasses import asdict, dataclass, field
@@ -72,4 +73,6 @@ def describe_machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "quorate": importlib.metadata.version("quorate"),
+        "aioquic": importlib.metadata.version("aioquic"),
     }

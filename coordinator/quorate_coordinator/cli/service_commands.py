@@ -152,8 +152,9 @@ def bench_transport(
         typer.Option("--only", metavar="TEXT", help="Only rows with this in their name. Repeatable."),
     ] = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", metavar="S", help="How long one bulk transfer lasts.", min=0.05, max=30.0)
-    ] = 0.8,
+        float | None,
+        typer.Option("--seconds", metavar="S", help="How long one bulk transfer lasts; 0.8.", min=0.05, max=30.0),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="So little of everything that the numbers say little, in half a minute.")
     ] = False,
@@ -170,6 +171,12 @@ def bench_transport(
     from quorate_coordinator.bench.transport.run import measure_transport
 
     with _bench_errors_shown():
+        if quick and seconds is not None:
+            raise ConfigurationError("--seconds", "says how long; --quick says so, too: only one of them")
+        if only is not None and not all(text.strip() for text in only):
+            raise ConfigurationError("--only", "is empty; give a part of a row's name, such as --only datagram")
+        if json_file is not None and json_file == picture_file:
+            raise ConfigurationError("--picture", f"{picture_file} is where --json is written to")
         check_writable("--json", json_file)
         check_writable("--picture", picture_file)
         if picture_file is not None:
@@ -177,7 +184,7 @@ def bench_transport(
 
             check_format(picture_file)
         with showing_progress("bench transport") as progress:
-            result = asyncio.run(measure_transport(QUICK if quick else plan(seconds), only or [], progress))
+            result = asyncio.run(measure_transport(QUICK if quick else plan(seconds or 0.8), only or [], progress))
         show(result, json_file)
         if picture_file is None:
             typer.echo("--picture FILE.png draws it, --json FILE keeps the numbers", err=True)

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 from quorate_protocol.errors import Code, ServerClosed
 from quorate_protocol.limits import UDP_PAYLOAD_BYTES_MIN
+
+#: What can be sent: anything with the buffer protocol whose bytes are contiguous.
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
 class Priority(IntEnum):
@@ -31,8 +34,12 @@ class ClientTls:
 
     #: PEM file of the authorities to trust; None trusts the system's.
     ca_file: Path | None = None
-    #: Name that the certificate must carry; None is the host of the URL.
+    #: Name that the certificate must carry; None is the host of the URL, and `localhost` for `memory:NAME`.
     server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.ca_file is not None:
+            object.__setattr__(self, "ca_file", Path(self.ca_file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,10 @@ class ServerTls:
     certificate_file: Path
     #: PEM file of the private key.
     key_file: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "certificate_file", Path(self.certificate_file))
+        object.__setattr__(self, "key_file", Path(self.key_file))
 
 
 @dataclass(slots=True)
@@ -99,17 +110,18 @@ class SendStream(ABC):
     priority: Priority
 
     @abstractmethod
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: Buffer) -> None:
         """Hands over bytes; returns when they are accepted under the write watermark.
 
         Raises:
             StoppedByPeer: the peer stopped this stream.
             ConnectionClosed: the connection is over.
-            RuntimeError: after `finish` or `reset` (a caller's bug).
+            RuntimeError: after `finish` or `reset`, or while another task sends on it (a caller's bug).
+            TypeError: not bytes, or bytes that are not contiguous.
         """
 
     @abstractmethod
-    def send_nowait(self, data: bytes, *, hurried: bool = True) -> None:
+    def send_nowait(self, data: Buffer, *, hurried: bool = True) -> None:
         """Hands over bytes without waiting, past the watermark; for messages whose number is bounded elsewhere.
 
         Args:
@@ -126,7 +138,7 @@ class SendStream(ABC):
 
     @abstractmethod
     async def flush(self) -> None:
-        """Returns when the peer's transport has acknowledged everything sent so far.
+        """Returns when the peer's transport has acknowledged everything sent so far; after `reset`, at once.
 
         Raises:
             StoppedByPeer: the peer stopped this stream.
@@ -143,7 +155,10 @@ class SendStream(ABC):
 
 
 class ReceiveStream(ABC):
-    """The receiving half of a stream. Iterating yields chunks until the end."""
+    """The receiving half of a stream. Iterating yields chunks until the end.
+
+    Whoever does not read to the end has to `stop`: unread bytes hold part of the connection's window.
+    """
 
     id: int
 
@@ -151,11 +166,13 @@ class ReceiveStream(ABC):
     async def receive(self, max_bytes: int = 65_536) -> bytes:
         """The next bytes, at least one and at most `max_bytes`; b"" at the end, and ever after.
 
-        Bytes that arrived before a reset or the connection's end are returned before it is raised.
+        Bytes that arrived before a reset or the connection's end are returned before it is raised. After `stop`
+        there is nothing more to read: b"".
 
         Raises:
             ResetByPeer: the peer gave up sending.
             ConnectionClosed: the connection ended before the stream.
+            RuntimeError: another task receives from it (a caller's bug).
         """
 
     @abstractmethod
@@ -180,11 +197,15 @@ class Datagrams(ABC):
     @property
     @abstractmethod
     def max_bytes(self) -> int:
-        """Largest payload that `send` takes now; 0 when the peer takes none."""
+        """Largest payload that `send` takes now; 0 when the peer takes none.
+
+        1158 on a new connection. It grows when path MTU discovery finds larger packets, for which it looks once there
+        is bulk on streams, and shrinks when the path does.
+        """
 
     @abstractmethod
-    def send(self, data: bytes) -> None:
-        """Queues one datagram; it may be lost.
+    def send(self, data: Buffer) -> None:
+        """Queues one datagram; it may be lost, and is when the connection is closed at once.
 
         Raises:
             DatagramTooLarge: over `max_bytes`; nothing else is held up by it.
@@ -201,7 +222,12 @@ class Datagrams(ABC):
 
 
 class Connection(ABC):
-    """One link to one peer."""
+    """One link to one peer.
+
+    It lives until somebody closes it or nothing has come of the peer for 30 seconds; a client says something after 15
+    seconds of silence, so that an idle one stays. Leaving its block (`async with`) closes it at once: `flush` what
+    has to arrive before.
+    """
 
     stats: ConnectionStats
     datagrams: Datagrams
@@ -242,7 +268,11 @@ class Connection(ABC):
 
     @abstractmethod
     async def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
-        """Tells the peer and ends the connection at once: what was not delivered is lost. More calls do nothing."""
+        """Tells the peer and ends the connection at once: what was not delivered is lost. More calls do nothing.
+
+        Of the codes, the transport itself uses INTERNAL (an exception ended a block), BUSY (nobody accepts) and
+        SHUTDOWN (the server was closed); see `quorate_protocol.errors.Code`.
+        """
 
     @abstractmethod
     def abort(self, code: int = Code.NO_ERROR, reason: str = "") -> None:

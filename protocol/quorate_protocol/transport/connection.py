@@ -21,6 +21,7 @@ from quorate_protocol.limits import CLASS_WRITE_BYTES_HIGH, DATAGRAM_QUEUE_MAX, 
 from quorate_protocol.transport.address import format_address
 from quorate_protocol.transport.api import (
     BiStream,
+    Buffer,
     Connection,
     ConnectionStats,
     Datagrams,
@@ -76,12 +77,13 @@ class QuicDatagrams(Datagrams):
     def max_bytes(self) -> int:
         return self._connection.engine.datagram_bytes_max
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: Buffer) -> None:
         connection = self._connection
         connection.check_open()
-        if len(data) > self.max_bytes:
-            raise DatagramTooLarge(len(data), self.max_bytes)
-        connection.send_datagram(data)
+        payload = data if type(data) is bytes else bytes(memoryview(data))
+        if len(payload) > self.max_bytes:
+            raise DatagramTooLarge(len(payload), self.max_bytes)
+        connection.send_datagram(payload)
 
     async def receive(self) -> bytes:
         while not self._unread:
@@ -156,12 +158,18 @@ class QuicConnection(Connection):
     def protocol(self) -> str:
         return self._protocol
 
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else "open" if self.is_established else "connecting"
+        return f"<{type(self).__name__} to {self.peer}, {state}>"
+
     async def open_bi_stream(self, priority: Priority = Priority.NORMAL) -> BiStream:
+        priority = Priority(priority)
         stream = QuicBiStream(self, await self._open(bidirectional=True, priority=priority), priority)
         self._remember(stream)
         return stream
 
     async def open_uni_stream(self, priority: Priority = Priority.NORMAL) -> SendStream:
+        priority = Priority(priority)
         stream = QuicSendStream(self, await self._open(bidirectional=False, priority=priority), priority)
         self._remember(stream)
         return stream
@@ -287,6 +295,14 @@ class QuicConnection(Connection):
         if self._cap_writers[before].pop(stream.id, None) is not None:
             self._cap_writers[stream.priority][stream.id] = stream
             stream.on_acknowledged()
+        # It has made room where it was.
+        self._wake_writers(before)
+
+    def _wake_writers(self, priority: Priority) -> None:
+        waiting = self._cap_writers[priority]
+        if waiting and not self.is_over_write_low(priority):
+            for stream in list(waiting.values()):
+                stream.on_acknowledged()
 
     def is_write_full(self, stream: QuicSendStream) -> bool:
         """Whether a writer of this stream should sleep: its own buffer or that of its class is full."""
@@ -335,10 +351,9 @@ class QuicConnection(Connection):
         self.engine.report(self)
         self.stats.rtt_s = self.engine.rtt_s
         self.stats.udp_payload_bytes = self.engine.udp_payload_bytes
-        for priority, waiting in enumerate(self._cap_writers):
-            if waiting and not self.is_over_write_low(Priority(priority)):
-                for stream in list(waiting.values()):
-                    stream.on_acknowledged()
+        for priority, waiting in zip(Priority, self._cap_writers, strict=True):
+            if waiting:
+                self._wake_writers(priority)
 
     def after_output(self) -> None:
         """Passes on what a send pass made the engine report: new connection ids, mostly."""

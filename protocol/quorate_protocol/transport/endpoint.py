@@ -24,6 +24,7 @@ meets: living connections send again.
 """
 
 import asyncio
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -72,6 +73,9 @@ _HANDSHAKE_DEBT_S: Final = 0.25
 #: While the port takes nothing, timers fire this often at the most, in seconds: nothing that they want could be sent.
 _BLOCKED_TIMER_S: Final = 0.05
 
+#: How long closing waits for a full socket, in seconds, each time: what is not told by then, timers will tell.
+_CLOSE_PATIENCE_S: Final = 0.1
+
 #: How long bytes that are in no hurry wait for others to share a packet with, in seconds.
 UNHURRIED_DELAY_S: Final = 0.005
 
@@ -105,6 +109,8 @@ class Endpoint:
         #: Passes of the loop's ready queue that the turn still waits for.
         self._turn_hops = 0
         self._turn_scheduled = False
+        #: Who closes the endpoint waits for this.
+        self._writable: asyncio.Future[None] | None = None
         #: The connection whose datagrams are being sent.
         self._serving: QuicConnection | None = None
         #: Seconds that strangers may cost now; see `_HANDSHAKE_SHARE`.
@@ -157,6 +163,8 @@ class Endpoint:
         now = self._loop.time()
         for connection in list(self._connections):
             self._serve(connection, now)
+            if not self._port.is_writable:
+                await self._drained()
         self._release()
 
     # --- Driver ---
@@ -270,13 +278,25 @@ class Endpoint:
         for connection in concerned:
             try:
                 connection.engine.datagram_refused(datagram_bytes, now)
-            except Exception:
-                log.exception("engine_failed", peer=connection.peer)
+            except Exception:  # noqa: BLE001  told by _give_up
                 self._give_up(connection)
             else:
                 self.wants_turn(connection)
 
+    async def _drained(self) -> None:
+        """Waits for a while until the port takes more."""
+        self._writable = self._loop.create_future()
+        try:
+            async with asyncio.timeout(_CLOSE_PATIENCE_S):
+                await self._writable
+        except TimeoutError:
+            pass
+        finally:
+            self._writable = None
+
     def writable(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
         if self._turn and not self._turn_scheduled:
             self._schedule_turn()
 
@@ -285,15 +305,13 @@ class Endpoint:
     def _feed(self, connection: QuicConnection, datagram: bytes, address: Address, now: float) -> None:
         try:
             connection.receive_udp(datagram, address, now)
-        except Exception:
-            log.exception("engine_failed", peer=connection.peer)
+        except Exception:  # noqa: BLE001  told by _give_up
             self._give_up(connection)
 
     def _after_input(self, connection: QuicConnection) -> None:
         try:
             connection.after_input()
-        except Exception:
-            log.exception("engine_failed", peer=connection.peer)
+        except Exception:  # noqa: BLE001  told by _give_up
             self._give_up(connection)
         else:
             self.wants_turn(connection)
@@ -398,13 +416,12 @@ class Endpoint:
                 self._port.send(datagrams)
             # A send pass may end a connection (path validation) or issue connection ids.
             connection.after_output()
-        except Exception:
-            log.exception("engine_failed", peer=connection.peer)
+            self._settle(connection, now)
+        except Exception:  # noqa: BLE001  told by _give_up
             self._give_up(connection)
             return work
         finally:
             self._serving = None
-        self._settle(connection, now)
         return work
 
     def _settle(self, connection: QuicConnection, now: float) -> None:
@@ -444,8 +461,7 @@ class Endpoint:
             return
         try:
             engine.handle_timer(now)
-        except Exception:
-            log.exception("engine_failed", peer=connection.peer)
+        except Exception:  # noqa: BLE001  told by _give_up
             self._give_up(connection)
         else:
             self._after_input(connection)
@@ -456,7 +472,11 @@ class Endpoint:
     # --- bookkeeping ---
 
     def _give_up(self, connection: QuicConnection) -> None:
-        """Its engine has raised, which is a bug of the engine's: the other connections of this socket go on."""
+        """Its engine has raised, which is a bug of the engine's: the other connections of this socket go on.
+
+        The trace is told as text: whoever shows exceptions with the values of their variables would show what was sent.
+        """
+        log.error("engine_failed", peer=connection.peer, trace=traceback.format_exc())
         connection.closed(ConnectionClosed(Code.INTERNAL, "the transport failed"))
         self._drop(connection)
 

@@ -13,6 +13,7 @@ asked for; clients are called `client-1`, `client-2` and so on, in the order in 
 import asyncio
 import errno
 import heapq
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from functools import cache
 from typing import Final
 
 from quorate_protocol.errors import ConfigurationError
+from quorate_protocol.limits import UDP_PAYLOAD_BYTES_MIN
 from quorate_protocol.transport.api import ServerStats
 from quorate_protocol.transport.engine import Address
 from quorate_protocol.transport.packets import Packet, PacketPort, PacketReceiver
@@ -89,6 +91,32 @@ class MemoryNetwork:
         silent: bool = False,
         on_transit: Callable[[Transit], None] | None = None,
     ) -> None:
+        """Everything but the seed may be changed later, as an attribute.
+
+        Args:
+            seed: what the fates are drawn from.
+            delay_s: seconds that every datagram takes, one way.
+            jitter_s: seconds beyond that, at random up to this; they change no order.
+            loss: probability, from 0 to 1, of a datagram's being lost.
+            duplication: of its arriving twice.
+            reordering: of its being held back, so that others overtake it.
+            mtu_bytes: largest datagram; a larger one is reported to its sender.
+            silent: a larger one is swallowed instead: a black hole.
+            on_transit: is told of each datagram when it is sent. `fates` counts them.
+
+        Raises:
+            ConfigurationError: a value that makes no sense.
+        """
+        for name, value in (("delay_s", delay_s), ("jitter_s", jitter_s)):
+            if not 0 <= value < math.inf:
+                raise ConfigurationError(name, f"must be a number of seconds, not negative, is {value}")
+        for name, value in (("loss", loss), ("duplication", duplication), ("reordering", reordering)):
+            if not 0 <= value <= 1:
+                raise ConfigurationError(name, f"is a probability, from 0 to 1, and not {value}")
+        if mtu_bytes < UDP_PAYLOAD_BYTES_MIN:
+            raise ConfigurationError(
+                "mtu_bytes", f"must be at least {UDP_PAYLOAD_BYTES_MIN}, which QUIC needs, is {mtu_bytes}"
+            )
         self._random = random.Random(seed)  # noqa: S311  repeatable on purpose
         #: Seconds that every datagram takes, one way.
         self.delay_s = delay_s

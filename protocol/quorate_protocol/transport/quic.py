@@ -61,6 +61,7 @@ async def connect(
         ConnectFailed: nobody there, not trusted, or another protocol.
     """
     parsed = parse_url(url)
+    _check_protocols(protocols)
     factory = AioquicFactory(udp_payload_bytes_max)
     loop = asyncio.get_running_loop()
     ends_at = loop.time() + timeout_s
@@ -111,7 +112,8 @@ async def _connect_to(
     tls: ClientTls,
     protocols: list[str],
 ) -> Connection:
-    engine = factory.client(tls, url.host, protocols)
+    # Names in memory are no hosts; this is the one that development certificates carry, and this process's own.
+    engine = factory.client(tls, "localhost" if url.scheme == "memory" else url.host, protocols)
     try:
         endpoint = Endpoint(make_port(), factory)
     except OSError as error:
@@ -131,6 +133,11 @@ async def _connect_to(
     return connection
 
 
+def _check_protocols(protocols: object) -> None:
+    if isinstance(protocols, str) or not protocols:
+        raise ConfigurationError("protocols", f'must be some names, such as ("{ALPN}",), is {protocols!r}')
+
+
 def _udp_port(family: int) -> PacketPort:
     return UdpPort(bind_udp(family, None))
 
@@ -144,7 +151,8 @@ def _explain(error: ConnectionClosed, tls: ClientTls, protocols: list[str]) -> s
     if not error.transport:
         return error.reason or str(error)
     if error.code == _ALERT_NO_APPLICATION_PROTOCOL:
-        return f"the server speaks none of {', '.join(protocols)}; is it a Quorate coordinator of this version?"
+        hint = "; is it a Quorate coordinator of this version?" if protocols == [ALPN] else ""
+        return f"the server speaks none of {', '.join(protocols)}{hint}"
     if error.code in _ALERTS_CERTIFICATE and not error.by_peer:
         if "doesn't match" in error.reason:
             return f"the server's certificate is for another host: {error.reason}"
@@ -243,6 +251,7 @@ async def listen(
         ConfigurationError: not an address, the address is taken or not ours, certificate or key
             cannot be read.
     """
+    _check_protocols(protocols)
     factory = AioquicFactory(udp_payload_bytes_max)
     if address.startswith(MEMORY_PREFIX):
         name = parse_memory_name(address, "listen")

@@ -9,7 +9,7 @@ from quorate_protocol.limits import (
     FRAME_BYTES_MAX,
     FRAME_PREFIX_BYTES,
 )
-from quorate_protocol.transport.api import BiStream, Priority, ReceiveStream, SendStream
+from quorate_protocol.transport.api import BiStream, Buffer, Priority, ReceiveStream, SendStream
 
 if TYPE_CHECKING:
     from quorate_protocol.transport.connection import QuicConnection
@@ -59,26 +59,30 @@ class QuicSendStream(SendStream):
 
     @priority.setter
     def priority(self, priority: Priority) -> None:
+        priority = Priority(priority)
         before, self._priority = self._priority, priority
         if self._send_error is None:
             self._connection.priority_changed(self, before)
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: Buffer) -> None:
+        payload = data if type(data) is bytes else memoryview(data).cast("B")
         self._check_can_send()
         if self._sending:
             raise RuntimeError(f"stream {self.id}: two tasks send at once")
         self._sending = True
         try:
             connection = self._connection
-            for at in range(0, len(data) or 1, _SLICE_BYTES):
+            for at in range(0, len(payload) or 1, _SLICE_BYTES):
                 while connection.is_write_full(self):
                     await self._wait_for_room()
                     self._check_can_send()
                 # The engine copies what it is given.
-                connection.write(
-                    self.id, data if len(data) <= _SLICE_BYTES else memoryview(data)[at : at + _SLICE_BYTES]
-                )
-                self._sending_midway = at + _SLICE_BYTES < len(data)
+                part = payload if len(payload) <= _SLICE_BYTES else memoryview(payload)[at : at + _SLICE_BYTES]
+                connection.write(self.id, part)
+                self._sending_midway = at + _SLICE_BYTES < len(payload)
+                if self._send_error is not None:
+                    # The write itself may have met with the end of the connection.
+                    raise self._send_error.with_traceback(None)
             if connection.is_write_full(self):
                 await self._wait_for_room()
                 if self._send_error is not None:
@@ -86,11 +90,12 @@ class QuicSendStream(SendStream):
         finally:
             self._sending = self._sending_midway = False
 
-    def send_nowait(self, data: bytes, *, hurried: bool = True) -> None:
+    def send_nowait(self, data: Buffer, *, hurried: bool = True) -> None:
+        payload = data if type(data) is bytes else memoryview(data).cast("B")
         self._check_can_send()
         if self._sending_midway:
             raise RuntimeError(f"stream {self.id}: another task is in the middle of sending")
-        self._connection.write(self.id, data, hurried=hurried)
+        self._connection.write(self.id, payload, hurried=hurried)
 
     @property
     def unsent_bytes(self) -> int:
@@ -137,6 +142,8 @@ class QuicSendStream(SendStream):
         await self._wait_below(self._connection.engine.write_bytes_high // 2, of_class=True)
 
     async def _wait_below(self, low_bytes: int, *, of_class: bool = False) -> None:
+        if self._send_error is not None:
+            return
         waiter = asyncio.get_running_loop().create_future()
         self._send_waiters[waiter] = (low_bytes, of_class)
         self._connection.watch_writes(self, of_class=of_class)

@@ -4,9 +4,9 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from quorate_coordinator.bench.result import Result, Row
+from quorate_coordinator.bench.result import Result, Row, describe_machine
 from quorate_coordinator.bench.transport.children import Children
-from quorate_coordinator.bench.transport.plan import Plan
+from quorate_coordinator.bench.transport.plan import QUICK, Plan
 from quorate_coordinator.bench.transport.scenarios import SCENARIOS, Bench, is_selected, selected
 from quorate_coordinator.certificates import ensure_development_credentials
 from quorate_coordinator.sigterm import raised_by_sigterm
@@ -42,4 +42,5 @@ async def measure_transport(plan: Plan, only: Collection[str], progress: Callabl
                 ]
         finally:
             await children.stop()
-    return Result("transport", rows_measured)
+    # A quick run's numbers must not be taken for those of a whole one.
+    return Result("transport", rows_measured, {**describe_machine(), "quick": plan is QUICK})

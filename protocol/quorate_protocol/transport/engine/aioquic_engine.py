@@ -221,10 +221,11 @@ class AioquicFactory:
     connection_id_bytes = CONNECTION_ID_BYTES
 
     def __init__(self, udp_payload_bytes_max: int = UDP_PAYLOAD_BYTES_MAX) -> None:
-        if not UDP_PAYLOAD_BYTES_MIN <= udp_payload_bytes_max <= UDP_PAYLOAD_BYTES_MAX:
+        if udp_payload_bytes_max not in range(UDP_PAYLOAD_BYTES_MIN, UDP_PAYLOAD_BYTES_MAX + 1):
             raise ConfigurationError(
                 "udp_payload_bytes_max",
-                f"must be from {UDP_PAYLOAD_BYTES_MIN} to {UDP_PAYLOAD_BYTES_MAX}, is {udp_payload_bytes_max}",
+                f"must be a whole number from {UDP_PAYLOAD_BYTES_MIN} to {UDP_PAYLOAD_BYTES_MAX}, "
+                f"is {udp_payload_bytes_max}",
             )
         self._udp_payload_bytes_max = udp_payload_bytes_max
         self._server_configuration: QuicConfiguration | None = None

@@ -43,6 +43,9 @@ class PathMtu:
         #: The least size that the path does not carry; sizes from it on are not tried.
         self._too_large_bytes = ceiling_bytes + 1
         self._probing_bytes: int | None = None
+        #: Number of the newest probe, and of the last one on an earlier path.
+        self._probe = 0
+        self._probe_of_old_path = 0
         self._probe_ends_at = 0.0
         self._tries = 0
         self._is_wanted = False
@@ -63,6 +66,7 @@ class PathMtu:
     def begin_path(self) -> None:
         """Another path: nothing is known of it."""
         self.size_bytes = UDP_PAYLOAD_BYTES_MIN
+        self._probe_of_old_path = self._probe
         self._begin_search(self.ceiling_bytes + 1)
 
     def next_probe_bytes(self, now: float) -> int | None:
@@ -73,14 +77,18 @@ class PathMtu:
             self._begin_search(self.ceiling_bytes + 1)
         return self._candidate()
 
-    def probe_sent(self, size_bytes: int, now: float) -> None:
-        """A probe left; exactly one of `probe_acknowledged` and `probe_lost` has to follow."""
+    def probe_sent(self, size_bytes: int, now: float) -> int:
+        """A probe left; returns its number, under which its fate is told, however late."""
         self._probing_bytes = size_bytes
         self._probe_ends_at = now + _PROBE_TIMEOUT_S
         self._tries += 1
+        self._probe += 1
+        return self._probe
 
-    def probe_acknowledged(self, size_bytes: int, now: float) -> None:
-        """The path carries this size."""
+    def probe_acknowledged(self, size_bytes: int, probe: int, now: float) -> None:
+        """A path carries this size: this one, unless the probe is older."""
+        if probe <= self._probe_of_old_path:
+            return
         self._probing_bytes = None
         self._tries = 0
         self._lost_in_a_row = 0
@@ -88,9 +96,10 @@ class PathMtu:
             self.size_bytes = size_bytes
         self._end_search_if_done(now)
 
-    def probe_lost(self, size_bytes: int, now: float) -> None:
-        """A probe was lost, or is not answered."""
-        if self._probing_bytes != size_bytes:
+    def probe_lost(self, probe: int, now: float) -> None:
+        """A probe was lost, or is not answered; of one that was given up before, nothing is new."""
+        size_bytes = self._probing_bytes
+        if size_bytes is None or probe != self._probe:
             return
         self._probing_bytes = None
         if self._tries >= _TRIES_MAX:
@@ -124,13 +133,10 @@ class PathMtu:
             size_bytes, self.size_bytes = self.size_bytes, UDP_PAYLOAD_BYTES_MIN
             self._begin_search(size_bytes)
 
-    def expire(self, now: float) -> int | None:
-        """Size of the probe whose time is over, if it is; the caller forgets its packet."""
-        if self._probing_bytes is None or now < self._probe_ends_at:
-            return None
-        size_bytes = self._probing_bytes
-        self.probe_lost(size_bytes, now)
-        return size_bytes
+    def expire(self, now: float) -> None:
+        """Gives up a probe whose time is over."""
+        if self._probing_bytes is not None and now >= self._probe_ends_at:
+            self.probe_lost(self._probe, now)
 
     def timer(self) -> float | None:
         """When `expire` wants to be called; None for never."""

@@ -35,6 +35,7 @@ from quorate_protocol.limits import (
 )
 from quorate_protocol.transport.api import Priority
 from quorate_protocol.transport.engine.lanes import Stream
+from quorate_protocol.transport.engine.receive_buffer import PieceCount
 from quorate_protocol.transport.engine.send_buffer import Account
 from quorate_protocol.transport.engine.sending import SendingConnection
 from quorate_protocol.transport.engine.stream_state import StreamState
@@ -54,6 +55,8 @@ class Connection(SendingConnection):
         self._unaccepted: dict[int, bool] = {}
         #: What our streams hold together, by class.
         self.accounts = tuple(Account() for _ in Priority)
+        #: How many pieces with gaps they keep of what came.
+        self._piece_count = PieceCount()
         self.streams_were_unblocked = False
 
     # --- for the engine ---
@@ -73,6 +76,7 @@ class Connection(SendingConnection):
         stream: Any = StreamState(
             stream_id,
             self.accounts[priority],
+            self._piece_count,
             max_stream_data_local=local_bytes,
             max_stream_data_remote=remote_bytes,
             readable=bidirectional,
@@ -167,7 +171,7 @@ class Connection(SendingConnection):
         """
         if not self._is_client or self._ack_eliciting_sent_since_receipt or not self._handshake_confirmed:
             return None
-        if self._close_at is None or self._close_event is not None:
+        if self._close_at is None or self._close_event is not None or self._ping_pending:
             return None
         idle_timeout_s = self._configuration.idle_timeout
         if self._remote_max_idle_timeout is not None:
@@ -201,6 +205,7 @@ class Connection(SendingConnection):
             new: Any = StreamState(
                 new_id,
                 self.accounts[Priority.NORMAL],
+                self._piece_count,
                 max_stream_data_local=(
                     self._local_max_stream_data_bidi_remote if is_bidirectional else self._local_max_stream_data_uni
                 ),

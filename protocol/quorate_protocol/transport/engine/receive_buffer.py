@@ -13,12 +13,22 @@ from aioquic.quic.connection import QuicConnectionError
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType
 from aioquic.quic.stream import FinalSizeError, QuicStreamReceiver
 
-#: Pieces with gaps between them. Every second packet lost of a full window (16 MiB, of 1200 bytes each) makes 7,000.
-PIECES_MAX: Final = 8192
+#: Pieces with gaps between them, of all the streams of a connection. Every second packet lost of a full window
+#: (24 MiB, of 1200 bytes each) makes 10,000.
+PIECES_MAX: Final = 16_384
 
 #: A piece that is longer stays one of its own when bytes come that it follows: a peer that sends a window backwards,
 #: byte by byte, would have all of it copied for each.
 _JOINED_BYTES_MAX: Final = 4096
+
+
+class PieceCount:
+    """How many pieces all the streams of one connection keep together."""
+
+    __slots__ = ("pieces",)
+
+    def __init__(self) -> None:
+        self.pieces = 0
 
 
 class ReceiveBuffer(QuicStreamReceiver):
@@ -32,7 +42,8 @@ class ReceiveBuffer(QuicStreamReceiver):
     _final_size: int | None = None
     _stop_error_code: int | None = None
 
-    def __init__(self, stream_id: int, readable: bool) -> None:
+    def __init__(self, stream_id: int, readable: bool, count: PieceCount) -> None:
+        self._count = count
         self.is_finished = not readable
         self._stream_id: int = stream_id
         #: Pieces beyond it: where they begin, ascending, and their bytes. They do not overlap.
@@ -80,6 +91,7 @@ class ReceiveBuffer(QuicStreamReceiver):
     def handle_reset(self, *, final_size: int, error_code: int = QuicErrorCode.NO_ERROR) -> events.StreamReset | None:
         """Takes in a RESET_STREAM frame; what was not delivered will not be."""
         event = super().handle_reset(final_size=final_size, error_code=error_code)
+        self._count.pieces -= len(self._starts)
         self._starts.clear()
         self._pieces.clear()
         return event
@@ -96,6 +108,7 @@ class ReceiveBuffer(QuicStreamReceiver):
                 parts.append(new)
                 self._buffer_start += len(new)
         del self._starts[:count], self._pieces[:count]
+        self._count.pieces -= count
         return b"".join(parts)
 
     def _keep(self, offset: int, data: bytes) -> None:
@@ -110,11 +123,12 @@ class ReceiveBuffer(QuicStreamReceiver):
         else:
             starts.insert(at, offset)
             pieces.insert(at, bytearray(data))
-            if len(starts) > PIECES_MAX:
+            self._count.pieces += 1
+            if self._count.pieces > PIECES_MAX:
                 raise QuicConnectionError(
                     error_code=QuicErrorCode.INTERNAL_ERROR,
                     frame_type=QuicFrameType.STREAM_BASE,
-                    reason_phrase="Too many gaps in a stream",
+                    reason_phrase="Too many gaps in streams",
                 )
         # What it reaches of those behind it becomes one piece with it, unless that would copy much.
         piece, start = pieces[at], starts[at]
@@ -128,3 +142,4 @@ class ReceiveBuffer(QuicStreamReceiver):
             piece += beyond
             last += 1
         del starts[at + 1 : last], pieces[at + 1 : last]
+        self._count.pieces -= last - at - 1

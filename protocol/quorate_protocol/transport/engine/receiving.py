@@ -35,6 +35,12 @@ _NUMBER_AT: Final = 1 + CONNECTION_ID_BYTES
 _SAMPLE_AT: Final = _NUMBER_AT + 4
 _SHORT_PACKET_BYTES_MIN: Final = _SAMPLE_AT + 16
 
+#: Longest TLS message: a chain of a dozen certificates.
+TLS_MESSAGE_BYTES_MAX: Final = 64 << 10
+
+#: RFC 9001, 4.8: the TLS alert unexpected_message as a transport error.
+_UNEXPECTED_TLS_MESSAGE: Final = QuicErrorCode.CRYPTO_ERROR + 10
+
 
 class ReceivingConnection(QuicConnection):
     """See the module."""
@@ -52,6 +58,10 @@ class ReceivingConnection(QuicConnection):
         self._context: QuicReceiveContext | None = None
         #: When the idle timer was last moved: once for all the packets of a batch.
         self._idle_moved_at = -1.0
+        #: The first packet of the key phase, and the keys of the one before, until when they serve.
+        self._phase_began_at = 0
+        self._old_aead: Any = None
+        self._old_aead_ends_at = 0.0
         #: Datagrams that came after we closed.
         self._packets_since_close = 0
         #: 1-RTT: the packet number space and its keys.
@@ -75,18 +85,38 @@ class ReceivingConnection(QuicConnection):
             return
         path = self._network_paths[0] if self._network_paths else None
         before = self._authentic_marks()
+        aead = self._crypto.recv.aead if self._is_steady else None
         super().receive_datagram(data, addr, now)
+        if aead is not None and self._crypto.recv.aead is not aead:
+            self._keys_updated(aead, now)
         if self._state is not QuicConnectionState.FIRSTFLIGHT and self._authentic_marks() != before:
             self.packets_received += 1
         paths = self._network_paths
         if path is not None and paths[0] is not path:
             self._path_changed(path, paths[0])
+        self._look_whether_steady(now)
+
+    def _keys_updated(self, before: Any, now: float) -> None:
+        """Another key phase has begun: packets of the one before may still come (RFC 9001, 6.5)."""
+        self._phase_began_at = self._packet_number
+        self._old_aead = before
+        self._old_aead_ends_at = now + 3 * self._loss.get_probe_timeout()
+
+    def _look_whether_steady(self, now: float) -> None:
+        """Whether the handshake is confirmed and the path in use validated, and nothing is to be said on others.
+
+        Those stay known after a change of address; nothing that came from one but is not the peer's may cost the
+        connection its short way.
+        """
+        paths = self._network_paths
         self._is_steady = (
             self._handshake_confirmed
-            and len(paths) == 1
-            and paths[0].is_validated
             and self._state is QuicConnectionState.CONNECTED
             and self._quic_logger is None
+            and paths[0].is_validated
+            and not any(
+                other.remote_challenges or not (other.is_validated or other.local_challenge_sent) for other in paths[1:]
+            )
         )
         if self._is_steady:
             self._context = QuicReceiveContext(
@@ -110,7 +140,8 @@ class ReceivingConnection(QuicConnection):
         loss = self._loss
         if timeout_s > 20.0 and loss._rtt_smoothed < 1.0 and loss._rtt_variance < 1.0:
             return timeout_s
-        return max(timeout_s, 3 * loss.get_probe_timeout())
+        # A peer that acknowledges late must not stretch it at will.
+        return max(timeout_s, min(3 * loss.get_probe_timeout(), 2 * timeout_s))
 
     def _path_changed(self, old: QuicNetworkPath, new: QuicNetworkPath) -> None:
         """The peer has moved to another address."""
@@ -130,9 +161,16 @@ class ReceivingConnection(QuicConnection):
         keys = self._crypto.recv
         mask = keys.hp._mask(data[_SAMPLE_AT:_SHORT_PACKET_BYTES_MIN])
         first = data[0] ^ mask[0] & 0x1F
-        # Another key phase is a key update; reserved bits are an error (RFC 9000, 17.3.1).
-        if (first >> 2 & 1) != keys.key_phase or first & 0x18:
+        # Reserved bits are an error (RFC 9000, 17.3.1).
+        if first & 0x18:
             return False
+        aead = keys.aead
+        is_late = (first >> 2 & 1) != keys.key_phase
+        if is_late:
+            # Sent before the last key update, or the peer begins another.
+            if self._old_aead is None or now >= self._old_aead_ends_at:
+                return False
+            aead = self._old_aead
         number_bytes = (first & 3) + 1
         payload_at = _NUMBER_AT + number_bytes
         truncated = int.from_bytes(data[_NUMBER_AT:payload_at], "big") ^ int.from_bytes(
@@ -145,7 +183,6 @@ class ReceivingConnection(QuicConnection):
         number = expected + (truncated - expected) % number_window
         if number < 0:
             number += number_window
-        aead = keys.aead
         try:
             plain = aead._aead.decrypt(
                 (aead._iv ^ number).to_bytes(12, "big"),
@@ -153,7 +190,7 @@ class ReceivingConnection(QuicConnection):
                 b"%c%b%b" % (first, self.host_cid, truncated.to_bytes(number_bytes, "big")),
             )
         except InvalidTag:
-            return True
+            return not is_late
         # RFC 9000, 12.3: duplicates are dropped.
         if number in space.received_packets:
             return True
@@ -230,6 +267,24 @@ class ReceivingConnection(QuicConnection):
             ) from None
         return is_ack_eliciting, False
 
+    def _handle_crypto_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        """A CRYPTO frame (RFC 9000, 19.6), bounded: aioquic's TLS gathers a message of any length, and copies for each
+        frame what it has of it."""
+        if context.epoch is Epoch.ONE_RTT and not self._is_client:
+            # Tickets are for clients, and keys are updated by QUIC (RFC 9001, 6): a client has nothing to say here.
+            raise QuicConnectionError(
+                error_code=_UNEXPECTED_TLS_MESSAGE,
+                frame_type=frame_type,
+                reason_phrase="TLS message after the handshake",
+            )
+        super()._handle_crypto_frame(context, frame_type, buf)
+        if len(self.tls._receive_buffer) > TLS_MESSAGE_BYTES_MAX:
+            raise QuicConnectionError(
+                error_code=QuicErrorCode.CRYPTO_BUFFER_EXCEEDED,
+                frame_type=frame_type,
+                reason_phrase="TLS message too long",
+            )
+
     def _rare_frames_received(
         self, context: QuicReceiveContext, plain: bytes, crypto_frame_required: bool = False
     ) -> tuple[bool, bool]:
@@ -295,6 +350,13 @@ class ReceivingConnection(QuicConnection):
                 error_code=QuicErrorCode.FRAME_ENCODING_ERROR,
                 frame_type=frame_type,
                 reason_phrase="ACK range contains a negative packet number",
+            )
+        if ranges[0][1] >= self._packet_number:
+            # RFC 9000, 13.1.
+            raise QuicConnectionError(
+                error_code=QuicErrorCode.PROTOCOL_VIOLATION,
+                frame_type=frame_type,
+                reason_phrase="Acknowledged a packet that was not sent",
             )
         if frame_type == QuicFrameType.ACK_ECN:
             for _ in range(3):

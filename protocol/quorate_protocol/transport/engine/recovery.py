@@ -4,7 +4,7 @@ aioquic's own makes a list of all packets in flight for each acknowledgement and
 there can be none. What is decided stays the same.
 """
 
-from typing import Any
+from typing import Any, Final
 
 from aioquic.quic.packet_builder import QuicDeliveryState
 from aioquic.quic.recovery import (
@@ -17,6 +17,13 @@ from aioquic.quic.recovery import (
 from quorate_protocol.transport.engine.congestion import Cubic, Pacer
 from quorate_protocol.transport.engine.mtu import PathMtu
 
+#: Packets in a row that ask for no acknowledgement before one does (RFC 9000, 13.2.4): from the answer we learn
+#: which of our acknowledgements have come, and need not be repeated.
+QUIET_PACKETS_MAX: Final = 64
+
+#: Records of such packets: what is older than the newest is not asked for any more.
+QUIET_PACKETS_KEPT_MAX: Final = 1024
+
 
 class Recovery(QuicPacketRecovery):
     """Of one connection; tells path MTU discovery what became of packets."""
@@ -28,6 +35,8 @@ class Recovery(QuicPacketRecovery):
         super().__init__(max_datagram_size=max_datagram_size, **options)
         self._pacer = Pacer(max_datagram_size=max_datagram_size)
         self._mtu = mtu
+        #: Packets in a row that did not ask for an acknowledgement.
+        self.quiet_packets = 0
         #: The window or the round-trip time has changed since the pacer was told.
         self._pace_is_stale = False
 
@@ -57,6 +66,7 @@ class Recovery(QuicPacketRecovery):
         for packet in packets:
             packet.sent_time = now
             sent[packet.packet_number] = packet
+            self.quiet_packets = 0 if packet.is_ack_eliciting else self.quiet_packets + 1
             if packet.in_flight:
                 congestion.on_packet_sent(packet=packet)
                 pacer.sent(packet.sent_bytes)
@@ -67,6 +77,12 @@ class Recovery(QuicPacketRecovery):
                         self._time_of_last_sent_ack_eliciting_packet = now
             elif packet.is_ack_eliciting:
                 space.ack_eliciting_in_flight += 1
+        # Nobody acknowledges acknowledgements alone: a peer that acknowledges nothing else must not make us keep them.
+        while len(sent) - space.ack_eliciting_in_flight > QUIET_PACKETS_KEPT_MAX:
+            oldest = next(iter(sent))
+            if sent[oldest].is_ack_eliciting:
+                break
+            del sent[oldest]
 
     def on_ack_ranges(
         self, ranges: list[tuple[int, int]], ack_delay: float, now: float, space: QuicPacketSpace

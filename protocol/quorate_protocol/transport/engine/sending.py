@@ -31,6 +31,9 @@ ACK_EVERY_PACKETS: Final = 10
 #: Transport parameter (RFC 9000, 18.2).
 _MAX_UDP_PAYLOAD_SIZE: Final = 0x03
 
+#: Packets under one key: half of what AES-GCM may protect (RFC 9001, 6.6: 2^23).
+KEY_PACKETS_MAX: Final = 1 << 22
+
 #: Timeouts in a row (RFC 9002, 6.2) after which packets larger than the least are taken to be what is lost.
 _BLACK_HOLE_TIMEOUTS: Final = 3
 
@@ -84,7 +87,12 @@ class SendingConnection(WritingConnection):
         """The datagrams that may leave now, some more than `count_max` at the most."""
         self.clock = now
         if self._close_pending:
+            path = self._network_paths[0]
+            allowed_bytes = path.bytes_received * 3 - path.bytes_sent
             self._last_words = super().datagrams_to_send(now)
+            if not path.is_validated and sum(len(datagram) for datagram, _ in self._last_words) > allowed_bytes:
+                # RFC 9000, 8.1: not even that. The peer's own timer will tell it.
+                self._last_words = []
             return self._last_words
         if self._state is QuicConnectionState.CLOSING:
             return self._close_again()
@@ -112,8 +120,10 @@ class SendingConnection(WritingConnection):
             elif congestion.bytes_in_flight:
                 # What is left of the window would make a small packet of a large one.
                 room = 0
-        if len(self._space.sent_packets) >= PACKETS_IN_FLIGHT_MAX:
+        if self._space.ack_eliciting_in_flight >= PACKETS_IN_FLIGHT_MAX and not self._probe_pending:
             room = 0
+        if self._packet_number - self._phase_began_at >= KEY_PACKETS_MAX:
+            self._update_keys(now)
         builder = self._builder
         if builder is None:
             builder = self._builder = self._new_builder(datagram_bytes)
@@ -132,6 +142,13 @@ class SendingConnection(WritingConnection):
         if (probe_bytes := self.mtu.next_probe_bytes(now)) is not None:
             datagrams += self._write_mtu_probe(probe_bytes, path, now)
         return datagrams
+
+    def _update_keys(self, now: float) -> None:
+        """Begins another key phase (RFC 9001, 6), once the peer has acknowledged something of this one."""
+        if self._space.largest_acked_packet >= self._phase_began_at:
+            before = self._crypto.recv.aead
+            self._crypto._update_key("local_update")
+            self._keys_updated(before, now)
 
     def _early_pass(self, path: QuicNetworkPath, now: float, count_max: int) -> list[tuple[bytes, Any]]:
         """During the handshake and while the peer's address is not validated."""
@@ -155,6 +172,7 @@ class SendingConnection(WritingConnection):
         self._builder = None
         if self._handshake_complete:
             datagrams += self._probe_paths(now)
+            self._look_whether_steady(now)
         return datagrams
 
     def _new_builder(self, datagram_bytes: int) -> PacketBuilder:
@@ -286,19 +304,19 @@ class SendingConnection(WritingConnection):
         """A datagram of PING and PADDING (RFC 9000, 14.4) that neither congestion control nor the timer counts."""
         builder = self._new_builder(size_bytes)
         builder.start_packet(QuicPacketType.ONE_RTT, self._crypto)
-        buf = builder.start_flight_frame(QuicFrameType.PING, 1, self._on_mtu_probe_delivery, (size_bytes,))
+        probe = self.mtu.probe_sent(size_bytes, now)
+        buf = builder.start_flight_frame(QuicFrameType.PING, 1, self._on_mtu_probe_delivery, (size_bytes, probe))
         buf.push_bytes(bytes(builder.remaining_flight_space))
         packet = builder._packet
         packet.in_flight = packet.is_ack_eliciting = False
-        self.mtu.probe_sent(size_bytes, now)
         return self._flush_builder(builder=builder, network_path=network_path, peer_cid=self._peer_cid.cid, now=now)
 
-    def _on_mtu_probe_delivery(self, delivery: QuicDeliveryState, size_bytes: int) -> None:
+    def _on_mtu_probe_delivery(self, delivery: QuicDeliveryState, size_bytes: int, probe: int) -> None:
         if delivery is QuicDeliveryState.ACKED:
-            self.mtu.probe_acknowledged(size_bytes, self.clock)
+            self.mtu.probe_acknowledged(size_bytes, probe, self.clock)
             self._follow_mtu()
         else:
-            self.mtu.probe_lost(size_bytes, self.clock)
+            self.mtu.probe_lost(probe, self.clock)
 
     def _parse_transport_parameters(self, data: bytes, from_session_ticket: bool = False) -> None:
         super()._parse_transport_parameters(data, from_session_ticket)
@@ -318,7 +336,12 @@ class SendingConnection(WritingConnection):
         """The time that `get_timer` gave has come."""
         self.clock = now
         self.mtu.expire(now)
+        path = self._network_paths[0] if self._network_paths else None
         super().handle_timer(now)
+        if path is not None and self._network_paths[0] is not path:
+            # The new address was not validated in time (RFC 9000, 9.3.2).
+            self._path_changed(path, self._network_paths[0])
+            self._look_whether_steady(now)
         if self._loss._pto_count >= _BLACK_HOLE_TIMEOUTS:
             self.mtu.black_hole()
         self._follow_mtu()

@@ -2,7 +2,7 @@
 
 from aioquic.quic.stream import QuicStreamSender
 
-from quorate_protocol.transport.engine.receive_buffer import ReceiveBuffer
+from quorate_protocol.transport.engine.receive_buffer import PieceCount, ReceiveBuffer
 from quorate_protocol.transport.engine.send_buffer import Account, SendBuffer
 
 
@@ -11,7 +11,6 @@ class StreamState:
 
     __slots__ = (
         "max_stream_data_local",
-        "max_stream_data_local_sent",
         "max_stream_data_remote",
         "receiver",
         "sender",
@@ -22,6 +21,7 @@ class StreamState:
         self,
         stream_id: int,
         account: Account,
+        count: PieceCount,
         *,
         max_stream_data_local: int,
         max_stream_data_remote: int,
@@ -29,9 +29,9 @@ class StreamState:
         writable: bool,
     ) -> None:
         self.stream_id = stream_id
-        self.max_stream_data_local = self.max_stream_data_local_sent = max_stream_data_local
+        self.max_stream_data_local = max_stream_data_local
         self.max_stream_data_remote = max_stream_data_remote
-        self.receiver = ReceiveBuffer(stream_id, readable)
+        self.receiver = ReceiveBuffer(stream_id, readable, count)
         self.sender = SendBuffer(stream_id, account) if writable else QuicStreamSender(stream_id, False)
 
     @property

@@ -15,6 +15,7 @@ from aioquic.tls import Epoch
 from quorate_protocol.transport.engine.lanes import Lanes, Stream
 from quorate_protocol.transport.engine.packet_builder import PacketBuilder
 from quorate_protocol.transport.engine.receiving import ReceivingConnection
+from quorate_protocol.transport.engine.recovery import QUIET_PACKETS_MAX
 
 #: Frame type, stream id and value as longest variable-length integers.
 _LIMIT_FRAME_CAPACITY: Final = 1 + 8 + 8
@@ -75,6 +76,7 @@ class WritingConnection(ReceivingConnection):
         self._packets_since_ack = 0
         if len(space.ack_queue) != 1:
             self._write_ack_frame(builder=builder, space=space, now=now)
+            self._ask_now_and_then()
             return
         received = space.ack_queue[0]
         buf = builder.start_ack_frame(
@@ -85,6 +87,12 @@ class WritingConnection(ReceivingConnection):
         buf.push_uint_var(0)
         buf.push_uint_var(received.stop - 1 - received.start)
         space.ack_at = None
+        self._ask_now_and_then()
+
+    def _ask_now_and_then(self) -> None:
+        """Sees that an end which only acknowledges is acknowledged itself."""
+        if self._loss.quiet_packets >= QUIET_PACKETS_MAX and not self._ping_pending:
+            self.send_ping(0)
 
     def _write_control(self, builder: PacketBuilder, network_path: QuicNetworkPath, now: float, is_early: bool) -> None:
         """All that is rare, into the first packet of a pass."""
