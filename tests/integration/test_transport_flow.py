@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import structlog
 from aioquic.quic.packet import QuicErrorCode
 
 from links import (
@@ -20,7 +21,7 @@ from links import (
     until,
     url_of,
 )
-from quorate_protocol.errors import Code, ResetByPeer, StoppedByPeer
+from quorate_protocol.errors import Code, ConnectionClosed, ResetByPeer, StoppedByPeer
 from quorate_protocol.limits import (
     CLASS_WRITE_BYTES_HIGH,
     CONNECTION_WINDOW_BYTES,
@@ -403,3 +404,42 @@ async def test_thousands_of_streams_over_a_connections_life_leave_nothing_behind
     endpoint = link.server._endpoint
     assert len(endpoint._routes) <= 16
     assert len(endpoint._timers) == 1
+
+
+@pytest.mark.parametrize("leaves", ["another class", "a reset"])
+async def test_room_that_another_stream_makes_in_a_class_wakes_who_waits_for_it(link, leaves):
+    full, waiting = [await link.here.open_uni_stream() for _ in range(2)]
+    for _ in range(CLASS_WRITE_BYTES_HIGH >> 20):
+        full.send_nowait(bytes(1 << 20))
+    await until(lambda: link.there.stats.streams_open)
+    unread = await link.there.accept_uni_stream()
+    await until(lambda: unread_bytes(unread) == STREAM_WINDOW_BYTES)
+    sending = asyncio.create_task(waiting.send(b"x" * STREAM_WRITE_BYTES_HIGH))
+    await asyncio.sleep(0)
+    assert not sending.done()
+    if leaves == "a reset":
+        full.reset(Code.CANCELLED)
+    else:
+        full.priority = Priority.LOW
+    # At once, and not when the peer next says something.
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert waiting.unsent_bytes
+    sending.cancel()
+    await asyncio.wait((sending,))
+
+
+async def test_a_send_whose_own_write_ends_the_connection_hears_of_it(link, monkeypatch):
+    stream = await link.here.open_uni_stream()
+    await stream.send(b"before")
+    await stream.flush()
+    await until(lambda: not link.here.in_turn)
+
+    def fail(*_):
+        raise ArithmeticError("the engine has a bug")
+
+    monkeypatch.setattr(link.here.engine, "datagrams_to_send", fail)
+    with structlog.testing.capture_logs() as logs, pytest.raises(ConnectionClosed):
+        async with asyncio.timeout(PATIENCE_S):
+            await stream.send(bytes(8 << 20))
+    assert [entry["event"] for entry in logs] == ["engine_failed"]

@@ -258,8 +258,10 @@ class QuicConnection(Connection):
             else:
                 self._driver.wants_turn_soon(self)
 
-    def reset(self, stream_id: int, code: int) -> None:
-        self.engine.reset(stream_id, code)
+    def reset(self, stream: QuicSendStream, code: int) -> None:
+        self.engine.reset(stream.id, code)
+        # What it held has made room.
+        self._wake_writers(stream.priority)
         self._driver.wants_turn(self)
 
     def stop(self, stream_id: int, code: int) -> None:

@@ -121,7 +121,7 @@ class QuicSendStream(SendStream):
         if self._send_error is not None or self._connection.is_closed:
             return
         self._send_ended = True
-        self._connection.reset(self.id, code)
+        self._connection.reset(self, code)
         self.on_acknowledged()
         self._connection.forget_if_done(self)
 
