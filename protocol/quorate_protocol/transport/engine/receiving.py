@@ -213,6 +213,14 @@ class ReceivingConnection(QuicConnection):
             self._idle_moved_at = now
             self._close_at = now + self._idle_timeout()
         self._ack_eliciting_sent_since_receipt = False
+        self._note_received(space, number, now)
+        if is_ack_eliciting and space.ack_at is None:
+            space.ack_at = now + self._ack_delay
+        return True
+
+    @staticmethod
+    def _note_received(space: Any, number: int, now: float) -> None:
+        """Remembers a packet: to acknowledge it, and to know it when it comes again."""
         if number > space.largest_received_packet:
             space.largest_received_packet = number
             space.largest_received_time = now
@@ -226,9 +234,6 @@ class ReceivingConnection(QuicConnection):
             space.ack_queue.add(number)
             if len(ranges) > MAX_ACK_RANGES:
                 space.ack_queue.shift()
-        if is_ack_eliciting and space.ack_at is None:
-            space.ack_at = now + self._ack_delay
-        return True
 
     def _payload_received(
         self, context: QuicReceiveContext, plain: bytes, crypto_frame_required: bool = False
