@@ -75,7 +75,11 @@ def check_writable(option: str, file: Path | None) -> None:
         raise ConfigurationError(option, f"{file} is a directory")
     if not file.parent.is_dir():
         raise ConfigurationError(option, f"cannot write {file}: there is no directory {file.parent}")
+    file = file.resolve()
     existed = file.exists()
+    if existed and not file.is_file():
+        # To open a pipe is to use it.
+        return
     try:
         file.open("ab").close()
     except OSError as error:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import quorate_protocol
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -73,6 +75,6 @@ def describe_machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "quorate": importlib.metadata.version("quorate"),
+        "quorate": quorate_protocol.__version__,
         "aioquic": importlib.metadata.version("aioquic"),
     }

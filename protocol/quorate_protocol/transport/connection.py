@@ -30,7 +30,7 @@ from quorate_protocol.transport.api import (
     SendStream,
 )
 from quorate_protocol.transport.engine import Address, Engine
-from quorate_protocol.transport.stream import QuicBiStream, QuicReceiveStream, QuicSendStream, check_code
+from quorate_protocol.transport.stream import QuicBiStream, QuicReceiveStream, QuicSendStream, check_code, flat
 
 #: How many ids of incoming streams are kept before those of finished streams are looked for.
 _HANDED_OUT_MIN: Final = 64
@@ -80,7 +80,7 @@ class QuicDatagrams(Datagrams):
     def send(self, data: Buffer) -> None:
         connection = self._connection
         connection.check_open()
-        payload = data if type(data) is bytes else bytes(memoryview(data))
+        payload = data if type(data) is bytes else bytes(flat(data))
         if len(payload) > self.max_bytes:
             raise DatagramTooLarge(len(payload), self.max_bytes)
         connection.send_datagram(payload)

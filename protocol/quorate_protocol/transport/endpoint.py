@@ -73,8 +73,8 @@ _HANDSHAKE_DEBT_S: Final = 0.25
 #: While the port takes nothing, timers fire this often at the most, in seconds: nothing that they want could be sent.
 _BLOCKED_TIMER_S: Final = 0.05
 
-#: How long closing waits for a full socket, in seconds, each time: what is not told by then, timers will tell.
-_CLOSE_PATIENCE_S: Final = 0.1
+#: How long closing waits for a full socket, in seconds: whoever is not told by then will be by a timer of its own.
+_CLOSE_PATIENCE_S: Final = 0.25
 
 #: How long bytes that are in no hurry wait for others to share a packet with, in seconds.
 UNHURRIED_DELAY_S: Final = 0.005
@@ -161,11 +161,13 @@ class Endpoint:
         for connection in list(self._connections):
             connection.abort(code, reason)
         now = self._loop.time()
-        for connection in list(self._connections):
-            self._serve(connection, now)
-            if not self._port.is_writable:
-                await self._drained()
-        self._release()
+        try:
+            for connection in list(self._connections):
+                self._serve(connection, now)
+                if not self._port.is_writable:
+                    await self._drained(now + _CLOSE_PATIENCE_S)
+        finally:
+            self._release()
 
     # --- Driver ---
 
@@ -283,11 +285,11 @@ class Endpoint:
             else:
                 self.wants_turn(connection)
 
-    async def _drained(self) -> None:
-        """Waits for a while until the port takes more."""
+    async def _drained(self, ends_at: float) -> None:
+        """Waits until the port takes more, or that time."""
         self._writable = self._loop.create_future()
         try:
-            async with asyncio.timeout(_CLOSE_PATIENCE_S):
+            async with asyncio.timeout_at(ends_at):
                 await self._writable
         except TimeoutError:
             pass

@@ -32,6 +32,18 @@ def check_code(code: int) -> None:
         raise ValueError(f"an error code is from 0 to 2**62 - 1, got {code}")
 
 
+def flat(data: Buffer) -> bytes | memoryview:
+    """Its bytes one by one, whatever its items are.
+
+    Raises:
+        TypeError: it has none, or they are not contiguous.
+    """
+    view = memoryview(data)
+    if not view.c_contiguous:
+        raise TypeError("only contiguous bytes can be sent")
+    return view.cast("B") if view.nbytes else b""
+
+
 class QuicSendStream(SendStream):
     """The sending half. `_connection` tells it about acknowledgements, stops and the end."""
 
@@ -65,8 +77,8 @@ class QuicSendStream(SendStream):
             self._connection.priority_changed(self, before)
 
     async def send(self, data: Buffer) -> None:
-        payload = data if type(data) is bytes else memoryview(data).cast("B")
         self._check_can_send()
+        payload = data if type(data) is bytes else flat(data)
         if self._sending:
             raise RuntimeError(f"stream {self.id}: two tasks send at once")
         self._sending = True
@@ -76,9 +88,8 @@ class QuicSendStream(SendStream):
                 while connection.is_write_full(self):
                     await self._wait_for_room()
                     self._check_can_send()
-                # The engine copies what it is given.
-                part = payload if len(payload) <= _SLICE_BYTES else memoryview(payload)[at : at + _SLICE_BYTES]
-                connection.write(self.id, part)
+                part = payload if len(payload) <= _SLICE_BYTES else payload[at : at + _SLICE_BYTES]
+                connection.write(self.id, bytes(part))
                 self._sending_midway = at + _SLICE_BYTES < len(payload)
                 if self._send_error is not None:
                     # The write itself may have met with the end of the connection.
@@ -89,10 +100,14 @@ class QuicSendStream(SendStream):
                     raise self._send_error.with_traceback(None)
         finally:
             self._sending = self._sending_midway = False
+            part = b""
+            if isinstance(payload, memoryview):
+                # Whoever catches what is raised here may want to resize what it holds.
+                payload.release()
 
     def send_nowait(self, data: Buffer, *, hurried: bool = True) -> None:
-        payload = data if type(data) is bytes else memoryview(data).cast("B")
         self._check_can_send()
+        payload = data if type(data) is bytes else bytes(flat(data))
         if self._sending_midway:
             raise RuntimeError(f"stream {self.id}: another task is in the middle of sending")
         self._connection.write(self.id, payload, hurried=hurried)

@@ -175,6 +175,8 @@ class UdpPort(PacketPort):
             if self._unsent:
                 self._stats.udp_datagrams_dropped += len(datagrams)
                 return
+            # The loop will not tell any more.
+            self._loop.call_soon(self._tell_writable)
         sent = self._send_all(datagrams)
         if sent < len(datagrams):
             self._unsent = datagrams[sent:]
@@ -296,6 +298,9 @@ class UdpPort(PacketPort):
 
     def _on_writable(self) -> None:
         self._send_kept()
+        self._tell_writable()
+
+    def _tell_writable(self) -> None:
         if not self._unsent and not self._is_closed:
             assert self._receiver is not None
             self._receiver.writable()

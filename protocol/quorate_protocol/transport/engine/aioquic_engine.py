@@ -44,6 +44,9 @@ _DATAGRAMS_PENDING_MAX: Final = 256
 #: Longest reason of a close in UTF-8 bytes: its frame has to fit one packet of the least size.
 _REASON_BYTES_MAX: Final = 1000
 
+#: Certificates that fit aioquic's buffer for handshake messages (16 KiB), with what is beside them.
+_CHAIN_BYTES_MAX: Final = 14_000
+
 #: Shortest id that a client may make up for a server (RFC 9000, 7.2): of shorter ones, two would be alike.
 _MADE_UP_ID_BYTES_MIN: Final = 8
 
@@ -264,6 +267,13 @@ class AioquicFactory:
             raise ConfigurationError("tls.key_file", f"cannot read a key from {tls.key_file}: {error}") from error
         if public_key != _public_bytes(private_key.public_key()):
             raise ConfigurationError("tls.key_file", f"{tls.key_file} is not the key of {tls.certificate_file}")
+        chain_bytes = sum(len(one.public_bytes(Encoding.DER)) for one in (certificate, *chain))
+        if chain_bytes > _CHAIN_BYTES_MAX:
+            raise ConfigurationError(
+                "tls.certificate_file",
+                f"the {len(chain) + 1} certificates in {tls.certificate_file} take {chain_bytes} bytes; "
+                f"a handshake carries {_CHAIN_BYTES_MAX}",
+            )
         configuration.certificate = certificate
         configuration.certificate_chain = chain
         configuration.private_key = private_key

@@ -6,6 +6,7 @@ DATAGRAM frames. Those are handled here with what RFC 9000 and 9001 ask for and 
 other packet and frame goes the way of aioquic, from its start.
 """
 
+import math
 from typing import Any, Final
 
 from aioquic._buffer import Buffer, BufferReadError
@@ -80,15 +81,17 @@ class ReceivingConnection(QuicConnection):
             return
         if self._state is QuicConnectionState.CLOSING:
             self._packets_since_close += 1
+            if addr == self._network_paths[0].addr:
+                self._network_paths[0].bytes_received += len(data)
             return
         if self._is_steady and not data[0] & 0x80 and self._receive_short(data, addr, now):
             return
         path = self._network_paths[0] if self._network_paths else None
         before = self._authentic_marks()
-        aead = self._crypto.recv.aead if self._is_steady else None
+        aead = self._crypto.recv.aead if self._crypto is not None else None
         super().receive_datagram(data, addr, now)
         if aead is not None and self._crypto.recv.aead is not aead:
-            self._keys_updated(aead, now)
+            self._keys_updated(aead, now + 3 * self._loss.get_probe_timeout())
         if self._state is not QuicConnectionState.FIRSTFLIGHT and self._authentic_marks() != before:
             self.packets_received += 1
         paths = self._network_paths
@@ -96,11 +99,11 @@ class ReceivingConnection(QuicConnection):
             self._path_changed(path, paths[0])
         self._look_whether_steady(now)
 
-    def _keys_updated(self, before: Any, now: float) -> None:
-        """Another key phase has begun: packets of the one before may still come (RFC 9001, 6.5)."""
+    def _keys_updated(self, before: Any, ends_at: float) -> None:
+        """Another key phase has begun: packets under the keys before may come until then."""
         self._phase_began_at = self._packet_number
         self._old_aead = before
-        self._old_aead_ends_at = now + 3 * self._loss.get_probe_timeout()
+        self._old_aead_ends_at = ends_at
 
     def _look_whether_steady(self, now: float) -> None:
         """Whether the handshake is confirmed and the path in use validated, and nothing is to be said on others.
@@ -191,6 +194,9 @@ class ReceivingConnection(QuicConnection):
             )
         except InvalidTag:
             return not is_late
+        if not is_late and self._old_aead_ends_at == math.inf:
+            # The peer has followed our update: what it sent before is on its way for a while only (RFC 9001, 6.5).
+            self._old_aead_ends_at = now + 3 * self._loss.get_probe_timeout()
         # RFC 9000, 12.3: duplicates are dropped.
         if number in space.received_packets:
             return True
@@ -209,6 +215,10 @@ class ReceivingConnection(QuicConnection):
             return True
         if self._close_pending or self._state in END_STATES:
             return True
+        if self._network_paths[0] is not context.network_path:
+            # A client has gone over to the server's preferred address (RFC 9000, 9.6).
+            self._path_changed(context.network_path, self._network_paths[0])
+            self._look_whether_steady(now)
         if now != self._idle_moved_at:
             self._idle_moved_at = now
             self._close_at = now + self._idle_timeout()

@@ -4,6 +4,7 @@ aioquic's own makes a list of all packets in flight for each acknowledgement and
 there can be none. What is decided stays the same.
 """
 
+from collections import deque
 from typing import Any, Final
 
 from aioquic.quic.packet_builder import QuicDeliveryState
@@ -37,6 +38,8 @@ class Recovery(QuicPacketRecovery):
         self._mtu = mtu
         #: Packets in a row that did not ask for an acknowledgement.
         self.quiet_packets = 0
+        #: Numbers of the newest of them all, in a row or not.
+        self._quiet_numbers: deque[int] = deque()
         #: The window or the round-trip time has changed since the pacer was told.
         self._pace_is_stale = False
 
@@ -66,7 +69,12 @@ class Recovery(QuicPacketRecovery):
         for packet in packets:
             packet.sent_time = now
             sent[packet.packet_number] = packet
-            self.quiet_packets = 0 if packet.is_ack_eliciting else self.quiet_packets + 1
+            if packet.is_ack_eliciting:
+                self.quiet_packets = 0
+            else:
+                self.quiet_packets += 1
+                if space.is_application_data:
+                    self._quiet_numbers.append(packet.packet_number)
             if packet.in_flight:
                 congestion.on_packet_sent(packet=packet)
                 pacer.sent(packet.sent_bytes)
@@ -78,11 +86,11 @@ class Recovery(QuicPacketRecovery):
             elif packet.is_ack_eliciting:
                 space.ack_eliciting_in_flight += 1
         # Nobody acknowledges acknowledgements alone: a peer that acknowledges nothing else must not make us keep them.
-        while len(sent) - space.ack_eliciting_in_flight > QUIET_PACKETS_KEPT_MAX:
-            oldest = next(iter(sent))
-            if sent[oldest].is_ack_eliciting:
-                break
-            del sent[oldest]
+        while len(self._quiet_numbers) > QUIET_PACKETS_KEPT_MAX:
+            quiet = sent.pop(self._quiet_numbers.popleft(), None)
+            if quiet is not None and quiet.in_flight:
+                # It was padded.
+                congestion.on_packets_expired(packets=[quiet])
 
     def on_ack_ranges(
         self, ranges: list[tuple[int, int]], ack_delay: float, now: float, space: QuicPacketSpace

@@ -5,6 +5,7 @@ when there is nothing more to send, when congestion control, the pacer or the pe
 as many datagrams as the endpoint wants at once. What is in the packets is the business of `writing`.
 """
 
+import math
 from typing import Any, Final
 
 from aioquic._buffer import Buffer
@@ -107,6 +108,12 @@ class SendingConnection(WritingConnection):
         if self._packets_since_close < self._close_again_at:
             return []
         self._close_again_at = 2 * self._packets_since_close
+        path = self._network_paths[0]
+        words_bytes = sum(len(datagram) for datagram, _ in self._last_words)
+        if not path.is_validated:
+            if path.bytes_sent + words_bytes > 3 * path.bytes_received:
+                return []
+            path.bytes_sent += words_bytes
         return self._last_words
 
     def _steady_pass(self, path: QuicNetworkPath, now: float, count_max: int) -> list[tuple[bytes, Any]]:
@@ -123,7 +130,7 @@ class SendingConnection(WritingConnection):
         if self._space.ack_eliciting_in_flight >= PACKETS_IN_FLIGHT_MAX and not self._probe_pending:
             room = 0
         if self._packet_number - self._phase_began_at >= KEY_PACKETS_MAX:
-            self._update_keys(now)
+            self._update_keys()
         builder = self._builder
         if builder is None:
             builder = self._builder = self._new_builder(datagram_bytes)
@@ -143,12 +150,14 @@ class SendingConnection(WritingConnection):
             datagrams += self._write_mtu_probe(probe_bytes, path, now)
         return datagrams
 
-    def _update_keys(self, now: float) -> None:
+    def _update_keys(self) -> None:
         """Begins another key phase (RFC 9001, 6), once the peer has acknowledged something of this one."""
         if self._space.largest_acked_packet >= self._phase_began_at:
             before = self._crypto.recv.aead
             self._crypto._update_key("local_update")
-            self._keys_updated(before, now)
+            # However long the peer takes to hear of it: until then it goes on under the keys before.
+            self._keys_updated(before, math.inf)
+            self.send_ping(0)
 
     def _early_pass(self, path: QuicNetworkPath, now: float, count_max: int) -> list[tuple[bytes, Any]]:
         """During the handshake and while the peer's address is not validated."""
