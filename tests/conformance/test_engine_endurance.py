@@ -139,3 +139,53 @@ def test_a_close_does_not_exceed_what_an_address_that_is_not_validated_may_be_se
             server.close(0, "took too long")
         sent += sum(len(datagram) for datagram, _ in server.datagrams_to_send(now, 64))
     assert 0 < sent <= 3 * len(first)
+
+
+@pytest.mark.parametrize("receiver", ["client", "server"])
+def test_an_outage_in_the_middle_of_a_key_update_is_survived(connected, monkeypatch, receiver):
+    """An end that only receives begins a phase with acknowledgements: they may all be lost, for long."""
+    world = connected(delay_s=0.02, payload_bytes_max=1300)
+    here, there = (world.client, world.server) if receiver == "client" else (world.server, world.client)
+    back = world.up if receiver == "client" else world.down
+    stream_id = there.open(bytes(400_000), bi=False, end=False)
+    world.rest(0.2)
+    here.engine._quic._phase_began_at = here.engine._quic._packet_number - sending.KEY_PACKETS_MAX
+    back.loss = 1.0
+    there.engine.write(stream_id, bytes(20_000))
+    world.rest(0.05)
+    assert here.engine._quic._crypto.send.key_phase == 1
+    world.rest(1.0)
+    back.loss = 0.0
+    there.engine.write(stream_id, bytes(100_000), True)
+    world.run(lambda: stream_id in here.seen.ended, within_s=10.0)
+    world.run(lambda: there.engine.unacknowledged_bytes(stream_id) == 0, within_s=10.0)
+
+
+def test_a_peer_that_acknowledges_nothing_does_not_make_us_keep_our_answers(make_factory, credentials, monkeypatch):
+    world = stock_world(make_factory, credentials, "client", delay_s=0.001).connect()
+    quic = world.client.engine.quic
+    monkeypatch.setattr(quic, "_write_ack_frame", lambda builder, space, now: setattr(space, "ack_at", None))
+    for _ in range(3000):
+        for _ in range(2):
+            quic.skip_packet_numbers(1)
+            quic.inject(frame(0x01))
+        world.rest(0.001)
+        if world.server.seen.close:
+            break
+    assert len(world.server.engine._quic._space.sent_packets) < 2500
+
+
+def test_a_close_is_not_repeated_beyond_what_an_address_that_is_not_validated_may_be_sent(unconnected):
+    world = unconnected()
+    world.client.engine.connect(harness.SERVER_ADDRESS, world.now)
+    ((first, _),) = world.client.engine.datagrams_to_send(world.now, 64)
+    server = world.factory.server(world.factory.inspect(first))
+    server.receive(first, harness.CLIENT_ADDRESS, world.now)
+    server.close(0, "x" * 1000)
+    sent = sum(len(datagram) for datagram, _ in server.datagrams_to_send(world.now, 64))
+    received = len(first)
+    for _ in range(64):
+        server.receive(bytes(10), harness.CLIENT_ADDRESS, world.now)
+        received += 10
+        sent += sum(len(datagram) for datagram, _ in server.datagrams_to_send(world.now, 64))
+    assert sent <= 3 * received

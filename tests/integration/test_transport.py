@@ -3,6 +3,7 @@
 import array
 import asyncio
 
+import numpy
 import pytest
 
 from links import PATIENCE_S, digest, linked, noise, pair, ping_pong, read_all, read_exactly, until
@@ -451,3 +452,27 @@ async def test_what_is_no_class_changes_nothing(link, priority):
     assert (await link.here.open_uni_stream()).id == stream.id + 4
     stream.priority = 3
     assert stream.priority is Priority.LOW
+
+
+async def test_what_was_not_sent_may_be_resized(link):
+    """Whoever catches the error holds its trace, and with it what was under way."""
+    here, _ = await pair(link)
+    await link.there.close()
+    await until(lambda: link.here.is_closed)
+    data = bytearray(b"12345678")
+    for send in (here.send, here.send):
+        with pytest.raises(ConnectionClosed):
+            await send(data)
+    with pytest.raises(ConnectionClosed):
+        here.send_nowait(data)
+    data.clear()
+
+
+async def test_nothing_of_many_dimensions_is_nothing(link):
+    here, there = await pair(link)
+    for nothing in (bytearray(), numpy.zeros((0, 3)), b""):
+        await here.send(nothing)
+        here.send_nowait(nothing)
+    await here.send(numpy.arange(6, dtype=">u2").reshape(2, 3))
+    assert await read_exactly(there, 12) == bytes.fromhex("000000010002000300040005")
+    await ping_pong(here, there)
