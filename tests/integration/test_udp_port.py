@@ -484,3 +484,48 @@ async def test_one_connections_bulk_leaves_turns_to_the_others(credentials, monk
         assert await reading == data
         for client in (link.here, other.here):
             await client.close()
+
+
+async def test_closing_a_server_whose_socket_takes_nothing_ends_soon_and_whole_even_when_cancelled(credentials):
+    async with serving(credentials) as server:
+        links = [await connected(server, url_of(server), credentials) for _ in range(5)]
+        endpoint = server._endpoint
+        port = endpoint._port
+        sock = port._sock = Wrapped(port._sock)
+        for name in ("send", "sendto", "sendmsg"):
+            setattr(sock, name, failing(errno.EAGAIN)[0])
+        endpoint._loop.add_writer = lambda fd, callback: None
+        closing = asyncio.create_task(server.close())
+        await until(lambda: not port.is_writable)
+        closing.cancel()
+        await asyncio.wait((closing,))
+        async with asyncio.timeout(PATIENCE_S):
+            await server.close()
+        del endpoint._loop.add_writer
+        assert port._is_closed
+        assert not endpoint._connections
+        for link in links:
+            await link.here.close()
+
+
+async def test_a_close_that_finds_room_again_leaves_nobody_behind(credentials):
+    """It sends what was kept itself, and the loop does not tell any more that there is room."""
+    async with serving(credentials) as server:
+        links = [await connected(server, url_of(server), credentials) for _ in range(3)]
+        streams = [await pair(link) for link in links]
+        endpoint = server._endpoint
+        port = endpoint._port
+        sock = port._sock = Wrapped(port._sock)
+        for name in ("send", "sendto", "sendmsg"):
+            setattr(sock, name, failing(errno.EAGAIN)[0])
+        endpoint._loop.add_writer = lambda fd, callback: None
+        for _, there in streams:
+            there.send_nowait(b"waits")
+        await until(lambda: not port.is_writable)
+        del endpoint._loop.add_writer
+        port._sock = sock._sock
+        await links[1].there.close()
+        for here, _ in (streams[0], streams[2]):
+            assert await read_exactly(here, 5) == b"waits"
+        for link in links:
+            await link.here.close()
