@@ -442,7 +442,5 @@ async def test_sockets_tasks_and_timers_are_given_back(credentials, tls):
 async def test_a_chain_that_no_handshake_carries_is_refused_with_its_size(credentials, tmp_path):
     chain = tmp_path / "chain.pem"
     chain.write_bytes(credentials.certificate_file.read_bytes() * 60)
-    with pytest.raises(
-        ConfigurationError, match=r"take \d{5} bytes; a handshake carries 14000"
-    ):
+    with pytest.raises(ConfigurationError, match=r"take \d{5} bytes; a handshake carries 14000"):
         await listen("127.0.0.1:0", tls=ServerTls(chain, credentials.key_file))
