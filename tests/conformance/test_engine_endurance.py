@@ -5,6 +5,7 @@ from aioquic.tls import Epoch
 
 from conformance import harness
 from conformance.stock import frame, stock_world
+from quorate_protocol.transport import ALPN, ClientTls, ServerTls
 from quorate_protocol.transport.engine import sending
 
 
@@ -189,3 +190,39 @@ def test_a_close_is_not_repeated_beyond_what_an_address_that_is_not_validated_ma
         received += 10
         sent += sum(len(datagram) for datagram, _ in server.datagrams_to_send(world.now, 64))
     assert sent <= 3 * received
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "192.0.2.77"], ids=["another port", "another address"])
+def test_what_was_learned_of_a_path_does_not_hold_for_the_next(connected, monkeypatch, host):
+    """RFC 9000, 9.4 and 14.3: packet size always; congestion control unless only the port is another."""
+    world = connected(delay_s=0.005)
+    for _ in range(3):
+        transfer(world, world.server, world.client, 1_000_000)
+    quic = world.server.engine._quic
+    window_bytes = quic._loss.congestion_window
+    assert window_bytes > 300_000
+    moved = (host, 55_555)
+    monkeypatch.setattr(harness, "CLIENT_ADDRESS", moved)
+    world.client.address = moved
+    world.client.open(b"here I am", bi=False)
+    world.run(lambda: quic._network_paths[0].addr == moved)
+    assert world.server.engine.udp_payload_bytes == 1200
+    if host == "192.0.2.1":
+        assert quic._loss.congestion_window >= window_bytes
+    else:
+        assert quic._loss.congestion_window <= 10 * 1200
+
+
+def test_a_long_chain_of_certificates_is_held_to_three_times_what_came(make_factory, credentials, tmp_path):
+    """RFC 9000, 8.1: before the address is validated."""
+    chain = tmp_path / "chain.pem"
+    chain.write_bytes(credentials.certificate_file.read_bytes() * 12)
+    factory = make_factory()
+    factory.set_server(ServerTls(chain, credentials.key_file), [ALPN])
+    client = factory.client(ClientTls(credentials.ca_file), "localhost", [ALPN])
+    client.connect(harness.SERVER_ADDRESS, 1.0)
+    ((first, _),) = client.datagrams_to_send(1.0, 64)
+    server = factory.server(factory.inspect(first))
+    server.receive(first, harness.CLIENT_ADDRESS, 1.0)
+    sent = sum(len(datagram) for datagram, _ in server.datagrams_to_send(1.0, 64))
+    assert 2 * len(first) < sent <= 3 * len(first)
