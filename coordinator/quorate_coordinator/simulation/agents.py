@@ -1,0 +1,412 @@
+"""Agents' processes: the real core and backoff in a model of their shell. The only file here that knows `AgentCore`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from quorate_agent import events as ev
+from quorate_agent.backlog import BacklogLimits
+from quorate_agent.backoff import Backoff
+from quorate_agent.core import AgentCore, State
+from quorate_coordinator.simulation.auditor import Auditor
+from quorate_coordinator.simulation.network import Link, Path, Sent, StreamEnded, StreamName
+from quorate_coordinator.simulation.process import Process
+from quorate_coordinator.simulation.tasks import ANSWERS, tasks_of
+from quorate_coordinator.simulation.world import World
+from quorate_protocol.messages import (
+    Assignment,
+    Cancellation,
+    CoordinationOpened,
+    Drain,
+    Feedback,
+    Goodbye,
+    Hello,
+    Refusal,
+    Reply,
+    Welcome,
+)
+
+MakeAgentCore = Callable[..., AgentCore]
+
+#: As in the shell (`worker`, `session`): seconds for a handshake, from there to the welcome, and to leave.
+CONNECT_TIMEOUT_S: Final = 10.0
+_JOIN_TIMEOUT_S: Final = 10.0
+_LEAVE_TIMEOUT_S: Final = 2.0
+
+#: Seconds that handlers may go on when an agent is asked to stop.
+_DRAIN_TIMEOUT_S: Final = 30.0
+
+#: Seconds until an async handler has ended that was cancelled.
+_CANCEL_S: Final = 0.005
+
+#: A few small backlogs among the fleet, so that they are full at times.
+_SMALL_BACKLOG: Final = BacklogLimits(assignments_max=4, feedback_max=8, remembered_max=16)
+
+Connect = Callable[["AgentProcess", Callable[[Link | None, str], None]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Nature:
+    """What an agent is like, whatever happens to it."""
+
+    tasks: tuple[str, ...]
+    feedback_tasks: tuple[str, ...]
+    concurrency: int
+    backlog: BacklogLimits | None
+    #: Median seconds of a handler.
+    compute_s: float
+    #: Whether a cancellation ends its handlers.
+    is_async: bool
+    #: Shares of its handlers that take far too long, decline, fail; and of its answers that are right.
+    slow: float
+    declines: float
+    fails: float
+    skill: float
+
+
+class AgentHost:
+    """One agent's place in the fleet: its machine, and the supervisor that starts its process again."""
+
+    def __init__(
+        self, world: World, number: int, *, connect: Connect, auditor: Auditor, make_core: MakeAgentCore
+    ) -> None:
+        self.world = world
+        self.number: Final = number
+        self.name: Final = f"agent-{number:04d}"
+        self.path: Final = Path(world, self.name)
+        self.connect = connect
+        self.auditor = auditor
+        self.make_core = make_core
+        self.nature: Final = self._draw_nature()
+        self.random: Final = world.stream(f"work {self.name}")
+        self.process: AgentProcess | None = None
+        self._instances = 0
+        #: Supervisors that wait; over 0, it stays down.
+        self._downs = 0
+        #: Handlers that start before this moment hang until it, cancelled or not.
+        self.hangs_until = 0.0
+
+    def _draw_nature(self) -> Nature:
+        draw = self.world.stream(f"nature {self.name}")
+        tasks = tasks_of(self.number)
+        learns = draw.random() < 0.7
+        return Nature(
+            tasks=tasks,
+            feedback_tasks=tasks if learns else (),
+            concurrency=draw.choice((1, 1, 2, 4)),
+            backlog=_SMALL_BACKLOG if draw.random() < 0.1 else None,
+            compute_s=math.exp(draw.uniform(math.log(0.003), math.log(0.5))),
+            is_async=draw.random() < 0.5,
+            slow=draw.choice((0.0, 0.01, 0.1)),
+            declines=draw.choice((0.0, 0.01, 0.1)),
+            fails=draw.choice((0.0, 0.01, 0.1)),
+            skill=draw.uniform(0.4, 0.98),
+        )
+
+    def start(self) -> None:
+        """Starts its process, a new instance."""
+        if self.process is None and not self._downs:
+            self._instances += 1
+            self.process = AgentProcess(self, f"{self.name}.{self._instances}")
+            self.process.begin()
+
+    def kill(self, down_s: float) -> None:
+        """Its process is gone without a word, and comes again after a while."""
+        if self.process is not None:
+            process, self.process = self.process, None
+            process.die()
+        self._restart(down_s)
+
+    def ended(self, why: str, *, restart_s: float) -> None:
+        """Its process has ended by itself."""
+        self.world.note(f"{self.name} ends: {why}")
+        self.process = None
+        self._restart(restart_s)
+
+    def _restart(self, down_s: float) -> None:
+        self._downs += 1
+        self.world.after(down_s, self._up)
+
+    def _up(self) -> None:
+        self._downs -= 1
+        self.start()
+
+
+class AgentProcess:
+    """From its start to its end."""
+
+    def __init__(self, host: AgentHost, instance: str) -> None:
+        self.host = host
+        self.name: Final = host.name
+        self.instance: Final = instance
+        self.process: Final = Process(host.world)
+        self.core = host.make_core(
+            tasks=host.nature.tasks,
+            feedback_tasks=host.nature.feedback_tasks,
+            concurrency=host.nature.concurrency,
+            limits=host.nature.backlog,
+        )
+        self._limits = host.nature.backlog or BacklogLimits()
+        self._backoff = Backoff(host.random)
+        self.link: Link | None = None
+        self._welcomed_at: float | None = None
+        #: The link that is being left, and what comes after: another one, or nothing.
+        self._leaving: Link | None = None
+        self._is_ending = False
+        self._ended = ""
+        #: Handlers that run.
+        self._running: set[int] = set()
+        self._is_drain_timed = False
+        self._hello = Hello(
+            id=self.name,
+            token="simulated",  # noqa: S106  there is nobody to keep out
+            instance=instance,
+            tasks=list(host.nature.tasks),
+            software="quorate-agent/simulated",
+        )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has a session and nothing to do."""
+        return self.core.state is State.ACTIVE and not self.core.running and not self.core.queued
+
+    def describe(self) -> str:
+        """For a violation."""
+        return f"{self.core.state.value}, {self.core.running} running, {self.core.queued} queued"
+
+    def begin(self) -> None:
+        self.process.after(self.host.random.uniform(0.0, 0.2), self._connect)
+
+    def die(self) -> None:
+        """kill -9."""
+        self.process.die()
+        for link in (self.link, self._leaving):
+            if link is not None:
+                link.abandon(agent=True)
+
+    def stop(self, reason: str) -> None:
+        """SIGTERM."""
+        self._apply(ev.StopRequested(reason))
+
+    # --- connecting ---
+
+    def _connect(self) -> None:
+        if self.core.state is State.CONNECTING and self.link is None:
+            self.host.connect(self, self._connected)
+
+    def _connected(self, link: Link | None, problem: str) -> None:
+        if link is None:
+            self._apply(ev.ConnectFailed(problem))
+        elif self.core.state is not State.CONNECTING or self.link is not None:
+            link.close_up("the agent ends")
+        else:
+            self.link = link
+            self._welcomed_at = None
+            self._apply(ev.LinkUp())
+            self.process.after(_JOIN_TIMEOUT_S, self._join_timed_out, link)
+
+    def _join_timed_out(self, link: Link) -> None:
+        if self.link is link and self._welcomed_at is None:
+            self.link_closed(link, "the coordinator did not answer the hello", False)
+
+    def link_closed(self, link: Link, reason: str, replaced: bool) -> None:
+        """The link is over."""
+        link.close_up(reason)
+        if link is self._leaving:
+            self._left(link)
+        elif link is self.link:
+            self.link = None
+            self.host.world.note(f"{self.name} link down: {reason}")
+            self._apply(ev.LinkDown(reason, replaced=replaced))
+
+    def _pause(self) -> None:
+        began_at, self._welcomed_at = self._welcomed_at, None
+        if began_at is None:
+            delay_s = self._backoff.fail()
+        else:
+            delay_s = self._backoff.end_session(self.host.world.now - began_at)
+        self.process.after(delay_s, self._connect)
+
+    # --- messages ---
+
+    def receive(self, link: Link, stream: StreamName, message: Sent) -> None:
+        """What the coordinator says."""
+        if link is not self.link:
+            return
+        match message:
+            case Assignment():
+                self._apply(
+                    ev.AssignmentReceived(
+                        message.round, message.task, message.body, message.deadline_s, message.attempt
+                    )
+                )
+            case Feedback():
+                self._apply(ev.FeedbackReceived(message.round, message.task, message.truth))
+            case Cancellation():
+                self._apply(ev.CancellationReceived(message.round))
+            case Welcome():
+                self._welcomed_at = self.host.world.now
+                link.joined(message.pulse_s, message.lease_s)
+                self._apply(ev.WelcomeReceived(message.session))
+            case Refusal():
+                self._apply(ev.RefusalReceived(message.reason, message.message, message.retry))
+            case Drain():
+                self._apply(ev.DrainReceived(message.reason))
+            case Goodbye():
+                self.link_closed(link, f"the coordinator said goodbye: {message.reason}", False)
+            case _:
+                raise AssertionError(f"{self.name} got {message}")
+
+    # --- the core ---
+
+    def _apply(self, event: ev.Event) -> None:
+        now = self.host.world.now
+        for instruction in self.core.handle(event, now):
+            self._execute(instruction)
+        if self.core.queued > self._limits.assignments_max + self._limits.feedback_max:
+            self.host.auditor.fail("queues are bounded", f"{self.name} has {self.core.queued} queued", agent=self.name)
+        if self.core.running > max(1, self.host.nature.concurrency):
+            message = f"{self.name} runs {self.core.running} handlers, may run {self.host.nature.concurrency}"
+            self.host.auditor.fail("handlers are bounded", message, agent=self.name)
+        if self.core.state is State.DRAINING and not self._is_drain_timed:
+            self._is_drain_timed = True
+            self.process.after(_DRAIN_TIMEOUT_S, self._drain_timed_out)
+        elif self.core.state is not State.DRAINING:
+            self._is_drain_timed = False
+        if self._ended and self._leaving is None and not self._is_ending:
+            self._exit()
+
+    def _drain_timed_out(self) -> None:
+        if self._is_drain_timed:
+            self._apply(ev.DrainTimedOut())
+
+    def _execute(self, instruction: ev.Instruction) -> None:
+        match instruction:
+            case ev.SendReply():
+                self._send_reply(instruction)
+            case ev.StartAssignment():
+                self.host.auditor.handler_started(self.instance, self.name, instruction.round, instruction.attempt)
+                self._start(instruction)
+            case ev.StartFeedback():
+                self._run(instruction.work, self._draw_compute_s(0.2), ev.HandlerReturned(instruction.work))
+            case ev.CancelHandler(work):
+                if self.host.nature.is_async and self.host.world.now >= self.host.hangs_until:
+                    self.process.after(_CANCEL_S, self._end, work, ev.HandlerFailed(work, "cancelled"))
+            case ev.Reconnect(reason):
+                self._reconnect(reason)
+            case ev.Leave(reason):
+                self._leave(reason)
+            case ev.Stop(kind, reason):
+                self._ended = f"{kind.value}: {reason}"
+            case ev.Log():
+                pass
+            case _:
+                self._send(instruction)
+
+    def _send(self, instruction: Any) -> None:
+        link = self.link
+        if link is None:
+            return
+        match instruction:
+            case ev.SendHello():
+                link.send_up("control", self._hello)
+            case ev.OpenCoordination(session):
+                link.send_up("coordination", CoordinationOpened(session=session))
+            case ev.SendDrain(reason):
+                link.send_up("control", Drain(reason=reason))
+            case ev.CloseLink():
+                link.close_up("nothing of worth is on it")
+                self.link = None
+            case _:
+                raise AssertionError(f"the agent's core says {instruction}")
+
+    def _send_reply(self, reply: ev.SendReply) -> None:
+        message = Reply(
+            round=reply.round,
+            attempt=reply.attempt,
+            status=reply.status,
+            body=reply.body,
+            error=reply.error,
+            compute_s=reply.compute_s,
+            waited_s=reply.waited_s,
+        )
+        self.host.auditor.reply_made(self.name, reply.round, reply.attempt, reply.status, reply.body)
+        if self.link is not None:
+            self.link.send_up("coordination", message)
+
+    def _reconnect(self, reason: str) -> None:
+        if self._leaving is not None:
+            return  # when it has left
+        if self.link is not None:
+            self.link.close_up(reason)
+            self.link = None
+        self._pause()
+
+    # --- leaving ---
+
+    def _leave(self, reason: str) -> None:
+        link = self._leaving = self.link
+        self.link = None
+        assert link is not None, "the core leaves sessions that stand"
+        arrives_at = link.send_up("coordination", StreamEnded())
+        if arrives_at is not None:
+            self.process.at(arrives_at + link.path.latency_s, self._say_goodbye, link, reason)
+        self.process.after(_LEAVE_TIMEOUT_S, self._left, link)
+
+    def _say_goodbye(self, link: Link, reason: str) -> None:
+        if self._leaving is link:
+            arrives_at = link.send_up("control", Goodbye(reason=reason))
+            if arrives_at is not None:
+                self.process.at(arrives_at + link.path.latency_s, self._left, link)
+
+    def _left(self, link: Link) -> None:
+        if self._leaving is not link:
+            return
+        self._leaving = None
+        link.close_up("left")
+        if self._ended:
+            self._exit()
+        else:
+            self._pause()
+
+    def _exit(self) -> None:
+        self._is_ending = True
+        if self.link is not None:
+            self.link.close_up("the agent ends")
+        self.process.die()
+        self.host.ended(self._ended, restart_s=self.host.random.uniform(0.5, 5.0))
+
+    # --- handlers ---
+
+    def _draw_compute_s(self, factor: float = 1.0) -> float:
+        nature, draw = self.host.nature, self.host.random
+        compute_s = factor * nature.compute_s * draw.lognormvariate(0.0, 0.5)
+        if draw.random() < nature.slow:
+            compute_s += draw.uniform(1.0, 20.0)
+        return compute_s
+
+    def _start(self, start: ev.StartAssignment) -> None:
+        nature, draw, work = self.host.nature, self.host.random, start.work
+        compute_s = self._draw_compute_s()
+        fate = draw.random()
+        right = draw.random() < nature.skill
+        answer = start.body if right else ANSWERS[draw.randrange(len(ANSWERS))]
+        ended: ev.Event
+        if fate < nature.declines:
+            ended = ev.HandlerDeclined(work, "not today", compute_s)
+        elif fate < nature.declines + nature.fails:
+            ended = ev.HandlerFailed(work, "ValueError: as it is", compute_s)
+        else:
+            ended = ev.HandlerReturned(work, answer, compute_s)
+        self._run(work, compute_s, ended)
+
+    def _run(self, work: int, compute_s: float, ended: ev.Event) -> None:
+        self._running.add(work)
+        now = self.host.world.now
+        self.process.at(max(now + compute_s, self.host.hangs_until), self._end, work, ended)
+
+    def _end(self, work: int, ended: ev.Event) -> None:
+        if work in self._running:
+            self._running.discard(work)
+            self._apply(ended)

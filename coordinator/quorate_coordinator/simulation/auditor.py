@@ -1,0 +1,280 @@
+"""What must hold, whatever happens. Hears of facts that can be seen from outside, and knows no core.
+
+Most is checked when a fact comes, so that a thousand idle agents cost nothing; what can only be seen by looking at
+everything is looked at every so often (`run`) and at the end.
+"""
+
+import heapq
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from quorate_coordinator.simulation.disk import SimDisk
+from quorate_coordinator.simulation.world import World
+
+#: Taken off before rounding a share of the selected up, as in `rounds.policy`: far above the error of the product.
+_ROUNDING: Final = 1e-9
+
+#: Seconds by which two floating point clocks may differ.
+_SLACK_S: Final = 1e-6
+
+
+class InvariantViolated(Exception):
+    """Something that must hold does not."""
+
+    def __init__(self, invariant: str, message: str, *, at_s: float, words: tuple[str, ...]) -> None:
+        super().__init__(f"{invariant}: {message}")
+        #: In words; the same for the same invariant.
+        self.invariant = invariant
+        self.message = message
+        #: Virtual seconds since the start.
+        self.at_s = at_s
+        #: What lines of the trace have that concern it.
+        self.words = words
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedFacts:
+    """A round that was opened."""
+
+    round: int
+    #: Of the call that asked for it.
+    key: str
+    selected: tuple[str, ...]
+    opened_at: float
+    deadline_s: float
+    #: As the call or the settings said.
+    quorum: int | None
+    quorum_fraction: float | None
+
+    @property
+    def needed(self) -> int:
+        """Replies needed, by the plain words of the design."""
+        if self.quorum is not None:
+            return self.quorum
+        assert self.quorum_fraction is not None
+        return max(1, math.ceil(self.quorum_fraction * len(self.selected) - _ROUNDING))
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedFacts:
+    """A round that was closed."""
+
+    round: int
+    key: str
+    state: str
+    quorum: int
+    #: Agent, status, body.
+    results: tuple[tuple[str, str, bytes | None], ...]
+    duration_s: float
+
+
+class Auditor:
+    """One run's."""
+
+    def __init__(self, world: World, disk: SimDisk) -> None:
+        self._world = world
+        self._disk = disk
+        #: Rounds in flight.
+        self._open: dict[int, OpenedFacts] = {}
+        #: (deadline, round).
+        self._deadlines: list[tuple[float, int]] = []
+        self._last_round = 0
+        #: What each agent really answered, by round: (attempt, status, body).
+        self._replies: dict[int, dict[str, list[tuple[int, str, bytes | None]]]] = {}
+        #: (instance, round, attempt) that a handler ran for.
+        self._handled: set[tuple[str, int, int]] = set()
+        #: Outcomes that operators saw, by key: round, digest, number of the record.
+        self._seen: dict[str, tuple[int, str, int]] = {}
+        #: Truths that operators know to be taken, by round: number of the record.
+        self._truths: dict[int, int] = {}
+        #: Rounds whose truth this process has learned.
+        self._learned: set[int] = set()
+        #: Moments of the coordinator's standing still: it cannot close a round then.
+        self.is_suspended = False
+        self._suspended_s = 0.0
+        self._suspended_at = 0.0
+        self.rounds: Counter[str] = Counter()
+        self.statuses: Counter[str] = Counter()
+        self.handlers = 0
+        self.announcements = 0
+
+    def fail(self, invariant: str, message: str, *, agent: str = "", round: int = 0) -> NoReturn:
+        """Ends the run.
+
+        Raises:
+            InvariantViolated: always.
+        """
+        words = ((agent,) if agent else ()) + ((f"r{round}",) if round else ())
+        raise InvariantViolated(invariant, message, at_s=self._world.now, words=words)
+
+    # --- rounds ---
+
+    def round_opened(self, facts: OpenedFacts) -> None:
+        """The assignment goes out."""
+        if facts.round <= self._last_round:
+            self.fail("round numbers are used once", f"round {facts.round} was opened again", round=facts.round)
+        self._last_round = facts.round
+        self._open[facts.round] = facts
+        heapq.heappush(self._deadlines, (facts.opened_at + facts.deadline_s, facts.round))
+
+    def round_closed(self, facts: ClosedFacts) -> None:
+        """The outcome stands."""
+        number = facts.round
+        opened = self._open.pop(number, None)
+        if opened is None:
+            self.fail("a round closes once", f"round {number} closed as {facts.state}, and was not open", round=number)
+        now = self._world.now
+        if now > opened.opened_at + opened.deadline_s + self._stood_still_since(opened.opened_at) + _SLACK_S:
+            self.fail("rounds end by their deadline", f"round {number} ended {facts.duration_s:.3f} s after its opening, "
+                      f"with a deadline of {opened.deadline_s:g} s", round=number)  # fmt: skip
+        agents = tuple(agent for agent, _, _ in facts.results)
+        if agents != opened.selected:
+            message = f"round {number} selected {opened.selected} and has results of {agents}"
+            self.fail("one status for each selected agent", message, round=number)
+        replied = [agent for agent, status, _ in facts.results if status == "replied"]
+        self._check_quorum(opened, facts, len(replied))
+        self._check_replies(facts)
+        self.rounds[facts.state] += 1
+        self.statuses.update(status for _, status, _ in facts.results)
+
+    def _check_quorum(self, opened: OpenedFacts, facts: ClosedFacts, replied: int) -> None:
+        number, state = facts.round, facts.state
+        if facts.quorum != opened.needed:
+            message = f"round {number} needed {facts.quorum} replies of {len(opened.selected)}, not {opened.needed}"
+            self.fail("quorum is what was asked for", message, round=number)
+        has_quorum = state in ("complete", "quorate")
+        if has_quorum and replied < opened.needed:
+            message = f"round {number} is {state} with {replied} of {opened.needed} replies"
+            self.fail("quorum is never claimed falsely", message, round=number)
+        if (state == "complete") != (replied == len(opened.selected)) and state not in ("cancelled", "interrupted"):
+            message = f"round {number} is {state} with {replied} replies of {len(opened.selected)} selected"
+            self.fail("complete means everybody", message, round=number)
+        if state in ("failed", "expired") and replied >= opened.needed:
+            message = f"round {number} is {state} with {replied} replies, and {opened.needed} were needed"
+            self.fail("quorum is seen when it is there", message, round=number)
+
+    def _check_replies(self, facts: ClosedFacts) -> None:
+        said = self._replies.get(facts.round, {})
+        for agent, status, body in facts.results:
+            if status in ("replied", "declined", "failed"):
+                for _, own_status, own_body in said.get(agent, ()):
+                    if own_status == status and own_body == body:
+                        break
+                    if own_status == "replied" and status == "failed":
+                        break  # there was no room for its reply
+                else:
+                    message = f"round {facts.round} has {agent} as {status}, and it said {said.get(agent)}"
+                    self.fail("a reply is its agent's own", message, agent=agent, round=facts.round)
+
+    def check(self) -> None:
+        """After every event: no round in flight is past its deadline."""
+        deadlines = self._deadlines
+        while deadlines and deadlines[0][0] < self._world.now and not self.is_suspended:
+            deadline_at, number = heapq.heappop(deadlines)
+            if number in self._open:
+                message = f"round {number} is open {self._world.now - deadline_at:.6f} s after its deadline"
+                self.fail("rounds end by their deadline", message, round=number)
+
+    def check_in_flight(self, count: int) -> None:
+        """The book has as many rounds in flight as were opened and not closed."""
+        if count != len(self._open):
+            self.fail("every round is in the book", f"{count} are in flight, and {sorted(self._open)} were opened")
+
+    # --- agents ---
+
+    def handler_started(self, instance: str, agent: str, round_id: int, attempt: int) -> None:
+        """A handler begins an assignment."""
+        work = instance, round_id, attempt
+        if work in self._handled:
+            message = f"{instance} runs round {round_id}, attempt {attempt}, a second time"
+            self.fail("no assignment runs twice in a process", message, agent=agent, round=round_id)
+        self._handled.add(work)
+        self.handlers += 1
+
+    def reply_made(self, agent: str, round_id: int, attempt: int, status: str, body: bytes | None) -> None:
+        """An agent's own word."""
+        self._replies.setdefault(round_id, {}).setdefault(agent, []).append((attempt, status, body))
+
+    def agent_expired(self, agent: str, heard_at: float, lease_s: float) -> None:
+        """The registry says that an agent's lease is over."""
+        silent_s = self._world.now - heard_at
+        if silent_s + _SLACK_S < lease_s:
+            message = f"{agent} was declared lost after {silent_s:.2f} s of silence, with a lease of {lease_s:g} s"
+            self.fail("who was heard is not lost", message, agent=agent)
+
+    # --- what is durable ---
+
+    def announced(self, key: str, round_id: int, digest: str, record: int) -> None:
+        """An operator is told an outcome."""
+        if record > self._disk.durable:
+            message = f"round {round_id} was announced with record {record}, and {self._disk.durable} are durable"
+            self.fail("announced is durable", message, round=round_id)
+        known = self._seen.get(key)
+        if known is not None and known != (round_id, digest, record):
+            message = f"{key} was told round {known[0]} first, and is now told round {round_id} ({known[1]}, {digest})"
+            self.fail("the same call has the same outcome", message, round=round_id)
+        self._seen[key] = round_id, digest, record
+        self.announcements += 1
+
+    def truth_learned(self, round_id: int) -> None:
+        """A truth goes to the learner."""
+        if round_id in self._learned or round_id in self._truths:
+            self.fail("a truth is learned once", f"the truth of round {round_id} was learned again", round=round_id)
+        self._learned.add(round_id)
+
+    def truth_announced(self, round_id: int, record: int) -> None:
+        """An operator is told that its truth was taken."""
+        if record > self._disk.durable:
+            message = f"the truth of round {round_id} was confirmed before it was durable"
+            self.fail("announced is durable", message, round=round_id)
+        self._truths[round_id] = record
+
+    # --- the coordinator's life ---
+
+    def suspended(self) -> None:
+        """The coordinator stands still."""
+        if not self.is_suspended:
+            self.is_suspended = True
+            self._suspended_at = self._world.now
+
+    def resumed(self) -> None:
+        """It goes on, and has not done anything yet."""
+        if self.is_suspended:
+            self.is_suspended = False
+            self._suspended_s = self._world.now - self._suspended_at
+
+    def _stood_still_since(self, moment: float) -> float:
+        return self._suspended_s if moment <= self._suspended_at + self._suspended_s else 0.0
+
+    def coordinator_died(self) -> None:
+        """What was in flight is gone with it, and so is what it had learned and not made durable."""
+        self._open.clear()
+        self._deadlines.clear()
+        self.resumed()
+        self._learned = {number for number in self._learned if number in self._truths}
+        durable = self._disk.durable
+        for key, (round_id, _, record) in self._seen.items():
+            if record > durable:
+                message = f"round {round_id}, announced to {key}, did not survive the crash"
+                self.fail("announced is durable", message, round=round_id)
+
+    def restarted(self, learner: bytes, replayed: bytes, find: "dict[str, int]") -> None:
+        """A new process has replayed its disk.
+
+        Args:
+            learner: Its learner's snapshot.
+            replayed: That of a learner that has lived through all durable records.
+            find: By key: the rounds that it knows.
+        """
+        self.check_learner(learner, replayed)
+        for key, (round_id, _, _) in self._seen.items():
+            if find.get(key) != round_id:
+                message = f"round {round_id}, announced to {key}, is not found after the restart"
+                self.fail("announced stays found", message, round=round_id)
+
+    def check_learner(self, learner: bytes, replayed: bytes) -> None:
+        """The learner's state is that of a replay."""
+        if learner != replayed:
+            self.fail("the learner is a replay of its records", "its state differs from that of a replay")

@@ -1,0 +1,229 @@
+"""The coordinator: its process, from start to crash or drain, and the supervisor that starts it again."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from quorate_agent.core import AgentCore
+from quorate_coordinator.learner.vote import VoteLearner
+from quorate_coordinator.registry import Registry
+from quorate_coordinator.rounds.book import RoundBook
+from quorate_coordinator.simulation.agents import CONNECT_TIMEOUT_S, AgentProcess, MakeAgentCore
+from quorate_coordinator.simulation.auditor import Auditor
+from quorate_coordinator.simulation.disk import SimDisk
+from quorate_coordinator.simulation.ledger_model import ClosedRecord, LedgerModel, apply_record
+from quorate_coordinator.simulation.members import LEASE_S, MakeRegistry, Members
+from quorate_coordinator.simulation.network import Link, Sent, StreamName
+from quorate_coordinator.simulation.process import Process
+from quorate_coordinator.simulation.rounds import MakeBook, MakeLearner, MakeLedger, Rounds
+from quorate_coordinator.simulation.world import World
+from quorate_protocol.messages import Hello
+
+#: Seconds that rounds in flight have when the coordinator drains, and that its goodbye has.
+_DRAIN_S: Final = 15.0
+_GOODBYE_S: Final = 1.0
+
+
+def make_learner(snapshot: bytes | None) -> VoteLearner:
+    """The learner that ships."""
+    return VoteLearner() if snapshot is None else VoteLearner.restore(snapshot)
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """What is simulated; a test puts a broken one in."""
+
+    book: MakeBook = RoundBook
+    registry: MakeRegistry = Registry
+    agent: MakeAgentCore = AgentCore
+    learner: MakeLearner = make_learner
+    ledger: MakeLedger = LedgerModel
+
+
+class CoordinatorProcess:
+    """From its start to its end."""
+
+    def __init__(self, host: "CoordinatorHost", number: int) -> None:
+        cores = host.cores
+        self.host = host
+        self.process: Final = Process(host.world)
+        self.rounds: Final = Rounds(
+            self.process,
+            host.disk,
+            host.auditor,
+            make_book=cores.book,
+            make_learner=cores.learner,
+            make_ledger=cores.ledger,
+        )
+        self.members: Final = Members(
+            self.process,
+            cores.registry(lease_s=LEASE_S),
+            host.auditor,
+            name=f"s{number}",
+            on_reply=self.rounds.reply_received,
+            on_lost=self.rounds.agent_lost,
+        )
+        self.rounds.fleet = self.members
+        self.is_draining = False
+
+    def receive(self, link: Link, stream: StreamName, message: Sent) -> None:
+        """What an agent says."""
+        if isinstance(message, Hello) and self.is_draining:
+            self.members.refuse(link, "draining")
+        else:
+            self.members.receive(link, stream, message)
+
+    def link_closed(self, link: Link, reason: str) -> None:
+        """The agent closed the link."""
+        self.members.link_closed(link, reason)
+
+    def drain(self) -> None:
+        """SIGTERM."""
+        if not self.is_draining:
+            self.is_draining = True
+            self.host.world.note("coordinator drains")
+            self.process.after(_DRAIN_S, self._drained, "the time is over")
+            self.rounds.drain(lambda: self._drained("nothing is in flight"))
+
+    def _drained(self, why: str) -> None:
+        if self.is_draining and self.host.current is self:
+            self.host.world.note(f"coordinator has drained: {why}")
+            self.rounds.stop("the coordinator was stopped")
+            self.members.goodbye("the coordinator stops")
+            self.process.after(_GOODBYE_S, self.host.ended, self)
+
+
+class CoordinatorHost:
+    """Its machine, with the disk."""
+
+    def __init__(self, world: World, disk: SimDisk, auditor: Auditor, cores: Cores) -> None:
+        self.world: Final = world
+        self.disk: Final = disk
+        self.auditor: Final = auditor
+        self.cores: Final = cores
+        self.current: CoordinatorProcess | None = None
+        self._random = world.stream("coordinator")
+        self._starts = 0
+        self._strays: Counter[str] = Counter()
+        self._downs = 0
+        #: A learner that has lived through the durable records, and nothing else: what each process's must equal.
+        self._shadow = make_learner(None)
+        self._shadow_count = 0
+        self._shadow_closed: dict[int, ClosedRecord] = {}
+        #: Operators that wait for it to be there, or mind that it is gone.
+        self.on_died: list[Callable[[], None]] = []
+
+    def start(self) -> None:
+        """Starts a process, which replays the disk."""
+        if self.current is not None or self._downs:
+            return
+        self._starts += 1
+        self.current = CoordinatorProcess(self, self._starts)
+        self.world.note(f"coordinator starts, {self.disk.durable} records durable")
+        ledger = self.current.rounds.ledger
+        found = {
+            record.key: record.outcome.round
+            for record in self.disk.records
+            if isinstance(record, ClosedRecord) and ledger.find(record.key) is not None
+        }
+        self.auditor.restarted(ledger.learner.snapshot(), self.replay(), found)
+
+    def replay(self) -> bytes:
+        """The snapshot of a learner that has lived through the durable records."""
+        for record in self.disk.records[self._shadow_count : self.disk.durable]:
+            apply_record(self._shadow, record, self._shadow_closed)
+        self._shadow_count = self.disk.durable
+        return self._shadow.snapshot()
+
+    def check_learner(self) -> None:
+        """Where nothing waits for the disk, the learner is a replay."""
+        if self.current is not None and self.disk.durable == len(self.disk.records):
+            self.auditor.check_learner(self.current.rounds.ledger.learner.snapshot(), self.replay())
+
+    def crash(self, down_s: float) -> None:
+        """kill -9, or the power."""
+        if self.current is not None:
+            self.check_learner()
+            self._gone(self.current)
+        self._restart(down_s)
+
+    def ended(self, process: CoordinatorProcess) -> None:
+        """A process has ended in order."""
+        if self.current is process:
+            for link in list(process.members.links.values()):
+                link.close_down("the coordinator stops")
+            self._gone(process)
+            self._restart(self._random.uniform(0.5, 5.0))
+
+    @property
+    def strays(self) -> Counter[str]:
+        """Replies that did not count, in all processes so far, by kind."""
+        return self._strays + (Counter() if self.current is None else self.current.rounds.strays)
+
+    def _gone(self, process: CoordinatorProcess) -> None:
+        self._strays += process.rounds.strays
+        self.current = None
+        process.process.die()
+        process.members.abandon()
+        self.disk.crash()
+        self.world.note(f"coordinator is gone, {self.disk.durable} records durable")
+        self.auditor.coordinator_died()
+        for tell in list(self.on_died):
+            tell()
+
+    def _restart(self, down_s: float) -> None:
+        self._downs += 1
+        self.world.after(down_s, self._up)
+
+    def _up(self) -> None:
+        self._downs -= 1
+        self.start()
+
+    def suspend(self, duration_s: float) -> None:
+        """SIGSTOP, and SIGCONT after a while."""
+        current = self.current
+        if current is not None and current.process.is_running:
+            for link in current.members.all_links():
+                link.freeze()
+            current.process.suspend()
+            self.auditor.suspended()
+            for link in current.members.all_links():
+                link.update()
+            self.world.note(f"coordinator is suspended for {duration_s:.1f} s")
+            self.world.after(duration_s, self._resume, current)
+
+    def _resume(self, process: CoordinatorProcess) -> None:
+        if process is not self.current:
+            return
+        self.world.note("coordinator goes on")
+        self.auditor.resumed()
+        process.process.resume(timers_first=self._random.random() < 0.5)
+        for link in process.members.all_links():
+            link.freeze()
+            link.update()
+
+    # --- being connected to ---
+
+    def connect(self, agent: AgentProcess, answer: Callable[[Link | None, str], None]) -> None:
+        """A handshake. Calls `answer` in the agent's process."""
+        path, target = agent.host.path, self.current
+        if target is None:
+            self.world.after(path.latency_s, agent.process.call, answer, None, "nobody listens")
+            return
+        delay_s = path.draw_delay_s() + path.draw_delay_s()
+        if path.cuts_up or path.cuts_down or target.process.is_suspended or delay_s > CONNECT_TIMEOUT_S:
+            self.world.after(CONNECT_TIMEOUT_S, agent.process.call, answer, None, "handshake timed out")
+            return
+        self.world.after(delay_s, self._shake_hands, agent, target, answer)
+
+    def _shake_hands(
+        self, agent: AgentProcess, target: CoordinatorProcess, answer: Callable[[Link | None, str], None]
+    ) -> None:
+        if target is not self.current or target.process.is_suspended:
+            self.world.after(CONNECT_TIMEOUT_S, agent.process.call, answer, None, "handshake timed out")
+        elif agent.process.is_alive:
+            link = Link(agent.host.path, agent, target)
+            link.update()
+            target.members.accepted(link)
+            agent.process.call(answer, link, "")

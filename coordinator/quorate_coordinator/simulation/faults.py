@@ -1,0 +1,166 @@
+"""What goes wrong: carries out a plan's faults."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from quorate_coordinator.simulation.agents import AgentHost
+from quorate_coordinator.simulation.coordinator import CoordinatorHost
+from quorate_coordinator.simulation.network import Path
+from quorate_coordinator.simulation.plan import Fault
+from quorate_coordinator.simulation.world import START_S, World
+
+#: Stands for the coordinator among a fault's targets.
+COORDINATOR: Final = -1
+
+
+class Faults:
+    """Does to a world what a plan says. Faults of one kind may overlap: each is undone by itself."""
+
+    def __init__(self, world: World, hosts: list[AgentHost], coordinator: CoordinatorHost) -> None:
+        self._world = world
+        self._hosts = hosts
+        self._coordinator = coordinator
+        #: How many were carried out, by kind.
+        self.counts: Counter[str] = Counter()
+
+    def plan(self, fault: Fault) -> None:
+        """A fault that will happen."""
+        self._world.at(START_S + fault.at_s, self._begin, fault)
+
+    def _targets(self, fault: Fault) -> list[AgentHost]:
+        # A smaller fleet has fewer to hit.
+        return [self._hosts[number] for number in fault.targets if 0 <= number < len(self._hosts)]
+
+    def _begin(self, fault: Fault) -> None:
+        self.counts[fault.kind] += 1
+        who = "coordinator" if COORDINATOR in fault.targets else f"{len(fault.targets)} agents"
+        self._world.note(f"fault {fault.kind} {who} for {fault.duration_s:.1f} s {fault.detail or ''}")
+        _BEGIN[fault.kind](self, fault)
+
+    def _change_paths(self, fault: Fault, begin: Callable[[Path], None], end: Callable[[Path], None]) -> None:
+        """Does something to the targets' paths, and undoes it after the fault's duration."""
+        paths = [host.path for host in self._targets(fault)]
+        self._apply(paths, begin)
+        self._world.after(fault.duration_s, self._apply, paths, end)
+
+    def _apply(self, paths: list[Path], change: Callable[[Path], None]) -> None:
+        for path in paths:
+            path.freeze()
+            change(path)
+            path.update()
+
+    # --- the network ---
+
+    def _lose(self, fault: Fault) -> None:
+        loss = float(fault.detail["loss"])
+
+        def begin(path: Path) -> None:
+            path.loss = min(0.9, path.loss + loss)
+
+        def end(path: Path) -> None:
+            path.loss = path.loss - loss if path.loss - loss > 1e-9 else 0.0
+
+        self._change_paths(fault, begin, end)
+
+    def _reorder(self, fault: Fault) -> None:
+        spread_s = float(fault.detail["spread_s"])
+
+        def begin(path: Path) -> None:
+            path.reordering_s += spread_s
+
+        def end(path: Path) -> None:
+            path.reordering_s = path.reordering_s - spread_s if path.reordering_s - spread_s > 1e-9 else 0.0
+
+        self._change_paths(fault, begin, end)
+
+    def _duplicate(self, fault: Fault) -> None:
+        share = float(fault.detail["share"])
+
+        def begin(path: Path) -> None:
+            path.duplication += share
+
+        def end(path: Path) -> None:
+            path.duplication = path.duplication - share if path.duplication - share > 1e-9 else 0.0
+
+        self._change_paths(fault, begin, end)
+
+    def _partition(self, fault: Fault) -> None:
+        up, down = int(fault.detail["up"]), int(fault.detail["down"])
+
+        def begin(path: Path) -> None:
+            path.cuts_up += up
+            path.cuts_down += down
+
+        def end(path: Path) -> None:
+            path.cuts_up -= up
+            path.cuts_down -= down
+
+        self._change_paths(fault, begin, end)
+
+    # --- processes ---
+
+    def _crash_agents(self, fault: Fault) -> None:
+        for host in self._targets(fault):
+            self._world.note(f"{host.name} is killed")
+            host.kill(fault.duration_s)
+
+    def _hang_agents(self, fault: Fault) -> None:
+        for host in self._targets(fault):
+            host.hangs_until = max(host.hangs_until, self._world.now + fault.duration_s)
+
+    def _crash_coordinator(self, fault: Fault) -> None:
+        self._coordinator.crash(fault.duration_s)
+
+    def _fill_disk(self, fault: Fault) -> None:
+        self._coordinator.disk.full += 1
+        self._world.after(fault.duration_s, self._empty_disk)
+
+    def _empty_disk(self) -> None:
+        self._coordinator.disk.full -= 1
+
+    def _suspend(self, fault: Fault) -> None:
+        if COORDINATOR in fault.targets:
+            self._coordinator.suspend(fault.duration_s)
+        for host in self._targets(fault):
+            if host.process is not None and host.process.process.is_running:
+                process = host.process.process
+                host.path.freeze()
+                process.suspend()
+                host.path.update()
+                self._world.note(f"{host.name} is suspended for {fault.duration_s:.1f} s")
+                self._world.after(fault.duration_s, self._resume_agent, host, process, bool(fault.detail["timers"]))
+
+    def _resume_agent(self, host: AgentHost, process: object, timers_first: bool) -> None:
+        if host.process is not None and host.process.process is process:
+            self._world.note(f"{host.name} goes on")
+            host.process.process.resume(timers_first=timers_first)
+            host.path.freeze()
+            host.path.update()
+
+    def _drain(self, fault: Fault) -> None:
+        if COORDINATOR in fault.targets and self._coordinator.current is not None:
+            current = self._coordinator.current
+            current.process.call(current.drain)
+        for host in self._targets(fault):
+            if host.process is not None:
+                self._world.note(f"{host.name} is asked to stop")
+                host.process.process.call(host.process.stop, "SIGTERM")
+
+    def _burst(self, fault: Fault) -> None:
+        """Nothing: a burst's calls are among the plan's calls, so that they can be left out one by one."""
+
+
+_BEGIN: Final[dict[str, Callable[[Faults, Fault], None]]] = {
+    "loss": Faults._lose,
+    "reorder": Faults._reorder,
+    "duplicate": Faults._duplicate,
+    "partition": Faults._partition,
+    "agent-crash": Faults._crash_agents,
+    "agent-hang": Faults._hang_agents,
+    "coordinator-crash": Faults._crash_coordinator,
+    "disk-full": Faults._fill_disk,
+    "clock-jump": Faults._suspend,
+    "drain": Faults._drain,
+    "burst": Faults._burst,
+}
