@@ -289,7 +289,7 @@ class AgentProcess:
                 self.host.auditor.handler_started(self.instance, self.name, instruction.round, instruction.attempt)
                 self._start(instruction)
             case ev.StartFeedback():
-                self._run(instruction.work, self._draw_compute_s(0.2), ev.HandlerReturned(instruction.work))
+                self._run(instruction.work, 0.2 * self._draw_compute_s(), ev.HandlerReturned(instruction.work))
             case ev.CancelHandler(work):
                 if self.host.nature.is_async and self.host.world.now >= self.host.hangs_until:
                     self.process.after(_CANCEL_S, self._end, work, ev.HandlerFailed(work, "cancelled"))
@@ -379,16 +379,14 @@ class AgentProcess:
 
     # --- handlers ---
 
-    def _draw_compute_s(self, factor: float = 1.0) -> float:
-        nature, draw = self.host.nature, self.host.random
-        compute_s = factor * nature.compute_s * draw.lognormvariate(0.0, 0.5)
-        if draw.random() < nature.slow:
-            compute_s += draw.uniform(1.0, 20.0)
-        return compute_s
+    def _draw_compute_s(self) -> float:
+        return self.host.nature.compute_s * self.host.random.lognormvariate(0.0, 0.5)
 
     def _start(self, start: ev.StartAssignment) -> None:
         nature, draw, work = self.host.nature, self.host.random, start.work
         compute_s = self._draw_compute_s()
+        if draw.random() < nature.slow:
+            compute_s += draw.uniform(1.0, 20.0)
         fate = draw.random()
         right = draw.random() < nature.skill
         answer = start.body if right else ANSWERS[draw.randrange(len(ANSWERS))]

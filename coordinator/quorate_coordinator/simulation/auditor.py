@@ -127,8 +127,8 @@ class Auditor:
             self.fail("a round closes once", f"round {number} closed as {facts.state}, and was not open", round=number)
         now = self._world.now
         if now > opened.opened_at + opened.deadline_s + self._stood_still_since(opened.opened_at) + _SLACK_S:
-            self.fail("rounds end by their deadline", f"round {number} ended {facts.duration_s:.3f} s after its opening, "
-                      f"with a deadline of {opened.deadline_s:g} s", round=number)  # fmt: skip
+            message = f"round {number} ended after {facts.duration_s:.3f} s, with a deadline of {opened.deadline_s:g} s"
+            self.fail("rounds end by their deadline", message, round=number)
         agents = tuple(agent for agent, _, _ in facts.results)
         if agents != opened.selected:
             message = f"round {number} selected {opened.selected} and has results of {agents}"

@@ -10,8 +10,8 @@ from typing import Final
 from quorate_coordinator.learner.api import AgentReply, ClosedRound, Learner, Report
 from quorate_coordinator.rounds.instructions import Outcome
 
-#: Records between two checkpoints.
-_CHECKPOINT_EVERY: Final = 50
+#: Records between two checkpoints: few, so that most replays begin at one.
+_CHECKPOINT_EVERY: Final = 8
 
 
 @dataclass(frozen=True, slots=True)

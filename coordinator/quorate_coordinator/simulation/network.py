@@ -1,7 +1,7 @@
 """Links between agents and the coordinator: ordered streams of messages, and pulses that cost nothing.
 
-Loss shows as delay, because streams are reliable; what a cut path holds back arrives when it is mended, or dies
-with its link. Pulses are not sent: when somebody asks when the other side was last heard, that is computed from since when
+Loss shows as delay, because streams are reliable; what a cut path holds back arrives when it is mended, or dies with
+its link. Pulses are not sent: when somebody asks when the other side was last heard, that is computed from since when
 the path has been open and what was lost on it. So an idle agent has no events of its own.
 """
 
@@ -40,8 +40,13 @@ Sent = Message | StreamEnded
 class AgentEnd(Protocol):
     """What a link needs of an agent's process."""
 
-    name: str
-    process: Process
+    @property
+    def name(self) -> str:
+        """The agent's id."""
+
+    @property
+    def process(self) -> Process:
+        """What runs it."""
 
     def receive(self, link: "Link", stream: StreamName, message: Sent) -> None:
         """A message came."""
@@ -53,7 +58,9 @@ class AgentEnd(Protocol):
 class CoordinatorEnd(Protocol):
     """What a link needs of a coordinator's process."""
 
-    process: Process
+    @property
+    def process(self) -> Process:
+        """What runs it."""
 
     def receive(self, link: "Link", stream: StreamName, message: Sent) -> None:
         """A message came."""

@@ -1,4 +1,4 @@
-"""Operators: they ask, wait, leave, ask again after a crash, and tell truths, early, late, twice or of the wrong round."""
+"""Operators: they ask, wait, leave, ask again after a crash, and tell truths: late, twice, or of the wrong round."""
 
 from collections import Counter
 from typing import Final

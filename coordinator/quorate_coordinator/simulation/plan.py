@@ -113,9 +113,7 @@ class Plan:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigurationError("--plan", f"is no plan ({type(error).__name__}: {error})") from None
 
-    def only(
-        self, *, calls: tuple[CallPlan, ...] | None = None, faults: tuple[Fault, ...] | None = None
-    ) -> "Plan":
+    def only(self, *, calls: tuple[CallPlan, ...] | None = None, faults: tuple[Fault, ...] | None = None) -> "Plan":
         """The same with other calls or faults."""
         return replace(
             self, calls=self.calls if calls is None else calls, faults=self.faults if faults is None else faults

@@ -77,6 +77,7 @@ def make_plan(seed: int, *, agents: int, hours: float, kinds: Iterable[str] = FA
     calls = _make_calls(seed, agents, busy_s)
     for number, fault in enumerate(fault for fault in faults if fault.kind == "burst"):
         calls += _make_burst(seed, number, fault, agents)
+    calls = [_reveal_in_time(call, busy_s) for call in calls]
     return Plan(
         seed=seed,
         agents=agents,
@@ -132,6 +133,12 @@ def _suspension(draw: random.Random, agents: int) -> _Shape:
     return duration_s, targets, {"timers": draw.random() < 0.5}
 
 
+def _drain(draw: random.Random, agents: int) -> _Shape:
+    # The coordinator, or agents, or both at once: who comes back while it drains is refused.
+    targets = _some(draw, agents) if draw.random() < 0.7 else ()
+    return 0.0, (COORDINATOR, *targets) if not targets or draw.random() < 0.4 else targets, {}
+
+
 _SHAPES: Final[dict[str, Callable[[random.Random, int], _Shape]]] = {
     "loss": lambda draw, agents: (
         draw.uniform(1.0, 300.0),
@@ -151,10 +158,14 @@ _SHAPES: Final[dict[str, Callable[[random.Random, int], _Shape]]] = {
     "partition": _partition,
     "agent-crash": lambda draw, agents: (draw.expovariate(1 / 5.0), _some(draw, agents), {}),
     "agent-hang": lambda draw, agents: (draw.uniform(1.0, 90.0), _some(draw, agents), {}),
-    "coordinator-crash": lambda draw, agents: (draw.choice((0.2, 2.0, 20.0)) * draw.uniform(0.5, 2.0), (COORDINATOR,), {}),
+    "coordinator-crash": lambda draw, agents: (
+        draw.choice((0.2, 2.0, 20.0)) * draw.uniform(0.5, 2.0),
+        (COORDINATOR,),
+        {},
+    ),
     "disk-full": lambda draw, agents: (draw.uniform(1.0, 90.0), (COORDINATOR,), {}),
     "clock-jump": _suspension,
-    "drain": lambda draw, agents: (0.0, (COORDINATOR,) if draw.random() < 0.3 else _some(draw, agents), {}),
+    "drain": _drain,
     "burst": lambda draw, agents: (draw.uniform(0.05, 5.0), (COORDINATOR,), {"calls": draw.randint(30, 150)}),
 }  # fmt: skip
 
@@ -178,6 +189,13 @@ def _make_burst(seed: int, number: int, fault: Fault, agents: int) -> list[CallP
         # Half of them go to the same few agents.
         calls.append(replace(call, task=task) if place % 2 else call)
     return calls
+
+
+def _reveal_in_time(call: CallPlan, busy_s: float) -> CallPlan:
+    """The call with its truth told before the quiet."""
+    if call.reveal is None or call.at_s + call.reveal.after_s <= busy_s:
+        return call
+    return replace(call, reveal=replace(call.reveal, after_s=round(max(0.0, busy_s - call.at_s), 3)))
 
 
 def _make_call(draw: random.Random, key: str, at_s: float, agents: int) -> CallPlan:

@@ -356,5 +356,3 @@ def _both(first: Answer, second: Answer) -> Answer:
         second(told)
 
     return answer
-
-

@@ -114,9 +114,7 @@ class Simulation:
         self.auditor: Final = Auditor(self.world, disk)
         self.coordinator: Final = CoordinatorHost(self.world, disk, self.auditor, cores)
         self.hosts: Final = [
-            AgentHost(
-                self.world, number, connect=self.coordinator.connect, auditor=self.auditor, make_core=cores.agent
-            )
+            AgentHost(self.world, number, connect=self.coordinator.connect, auditor=self.auditor, make_core=cores.agent)
             for number in range(plan.agents)
         ]
         self.operators: Final = Operators(self.world, self.coordinator)
@@ -137,9 +135,7 @@ class Simulation:
             self._play(progress)
         except InvariantViolated as violated:
             lines = self.world.trace(*violated.words, lines_max=_TRACE_LINES)
-            report.violation = Violation(
-                violated.invariant, violated.message, violated.at_s - START_S, tuple(lines)
-            )
+            report.violation = Violation(violated.invariant, violated.message, violated.at_s - START_S, tuple(lines))
         finally:
             if had_gc:
                 gc.enable()

@@ -35,7 +35,7 @@ class World:
     def at(self, moment: float, action: Callable[..., None], *arguments: Any) -> None:
         """Plans an action; one for the past comes next. Equal moments come in the order of planning."""
         self._sequence += 1
-        heapq.heappush(self._heap, (moment if moment > self.now else self.now, self._sequence, action, arguments))
+        heapq.heappush(self._heap, (max(moment, self.now), self._sequence, action, arguments))
 
     def after(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
         """Plans an action in so many seconds."""

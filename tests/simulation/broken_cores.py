@@ -1,0 +1,128 @@
+"""Cores with a bug each, to see that the simulation finds it. What they break is what an honest mistake would break."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from quorate_agent import events as ev
+from quorate_agent.core import AgentCore
+from quorate_coordinator import membership as ms
+from quorate_coordinator.learner.vote import VoteLearner
+from quorate_coordinator.registry import Registry
+from quorate_coordinator.rounds.book import RoundBook
+from quorate_coordinator.rounds.events import Event, ReplyReceived
+from quorate_coordinator.rounds.instructions import CloseRound, Instruction, NoteStray
+from quorate_coordinator.simulation.coordinator import Cores
+from quorate_coordinator.simulation.ledger_model import LedgerModel
+
+
+class CountsTwice(RoundBook):
+    """Counts a reply that comes twice as two."""
+
+    def _take_reply(self, event: ReplyReceived, now: float) -> list[Instruction]:
+        instructions = super()._take_reply(event, now)
+        round_ = self._rounds.get(event.round)
+        if round_ is not None and NoteStray("duplicate", event.round, event.agent) in instructions:
+            round_._replies += 1
+            instructions += round_._follow(now) + self._settle(round_)
+        return instructions
+
+
+class ForgetsTheTimer(RoundBook):
+    """Does not say when the next round is due while replies are held."""
+
+    def next_timer(self) -> float | None:
+        return None if self.held_bytes else super().next_timer()
+
+
+class NamesOneTwice(RoundBook):
+    """Tells of a lost agent as if it had been two."""
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        instructions = super().handle(event, now)
+        for place, one in enumerate(instructions):
+            if isinstance(one, CloseRound) and any(result.status == "lost" for result in one.outcome.results):
+                results = (*one.outcome.results, one.outcome.results[-1])
+                instructions[place] = CloseRound(replace(one.outcome, results=results))
+        return instructions
+
+
+class AnnouncesEarly(LedgerModel):
+    """Tells an outcome as soon as its record is written, durable or not."""
+
+    def _hold(self, record: Any, tell: Callable[[int], None]) -> None:
+        self._last = self._append(record)
+        tell(self._last)
+
+
+class Forgets(Registry):
+    """Does not ask an agent again that was suspect."""
+
+    def _hear(self, entry: Any, seen_at: float, now: float) -> list[ms.Instruction]:
+        returned = super()._hear(entry, seen_at, now)
+        if returned:
+            self._unindex(entry)
+        return returned
+
+
+class HastyRegistry(Registry):
+    """Declares an agent lost that was heard, when its own clock has stood still."""
+
+    def handle(self, event: ms.Event, now: float) -> list[ms.Instruction]:
+        if isinstance(event, ms.LeaseChecked):
+            event = ms.TimerFired()
+        return super().handle(event, now)
+
+
+class StaysAway(AgentCore):
+    """Does not come back when it was refused."""
+
+    def handle(self, event: ev.Event, now: float) -> list[ev.Instruction]:
+        instructions = super().handle(event, now)
+        if isinstance(event, ev.RefusalReceived):
+            return [instruction for instruction in instructions if not isinstance(instruction, ev.Reconnect)]
+        return instructions
+
+
+class RunsTwice(AgentCore):
+    """Starts the handler of a cancelled assignment again."""
+
+    def handle(self, event: ev.Event, now: float) -> list[ev.Instruction]:
+        running = list(self._running.values())
+        instructions = super().handle(event, now)
+        if isinstance(event, ev.CancellationReceived):
+            for work in running:
+                if work.round == event.round and not work.is_feedback:
+                    self._start(replace(work, id=next(self._work_ids)), now, instructions)
+        return instructions
+
+
+class NeverTheSame(VoteLearner):
+    """Forgets its latencies when it is restored, so that a restart changes what it knows."""
+
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load({**state, "latencies": []})
+
+
+def _forgetful(snapshot: bytes | None) -> VoteLearner:
+    return NeverTheSame() if snapshot is None else NeverTheSame.restore(snapshot)
+
+
+#: Name, the cores, and the invariants that may be the first to be violated.
+BROKEN: dict[str, tuple[Cores, set[str]]] = {
+    "a reply counts twice": (Cores(book=CountsTwice), {"quorum is never claimed falsely", "complete means everybody"}),
+    "no timer": (Cores(book=ForgetsTheTimer), {"rounds end by their deadline"}),
+    "an agent with two results": (Cores(book=NamesOneTwice), {"one status for each selected agent"}),
+    "announced early": (Cores(ledger=AnnouncesEarly), {"announced is durable"}),
+    "forgets who was suspect": (Cores(registry=Forgets), {"members can be asked"}),
+    "declares the living lost": (Cores(registry=HastyRegistry), {"who was heard is not lost"}),
+    "an agent stays away": (Cores(agent=StaysAway), {"agents come back", "all comes to rest"}),
+    "an assignment runs twice": (
+        Cores(agent=RunsTwice),
+        {"no assignment runs twice in a process", "handlers are bounded"},
+    ),
+    "a restart loses what was learned": (
+        Cores(learner=_forgetful),
+        {"the learner is a replay of its records"},
+    ),
+}
