@@ -9,6 +9,9 @@ ARGS   ?=
 # Seconds for each fuzz test in `make fuzz`; without it, in `make test`, each looks for some seconds only.
 FUZZ_SECONDS ?= 60
 
+# Seconds that `make simulate` looks for bugs, in fleets that nobody has simulated before.
+SIMULATE_SECONDS ?= 300
+
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -32,7 +35,8 @@ GET_VENV := test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo 'Insta
 help: ## list the targets
 	@printf 'Quorate. Targets:\n\n'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PYTHON=%s VENV=%s ARGS="..." (for demo, test, fuzz and bench) FUZZ_SECONDS=%s\n' '$(PYTHON)' '$(VENV)' '$(FUZZ_SECONDS)'
+	@printf '\nVariables: PYTHON=%s VENV=%s ARGS="..." (for demo, test, fuzz, simulate and bench) FUZZ_SECONDS=%s SIMULATE_SECONDS=%s\n' \
+	    '$(PYTHON)' '$(VENV)' '$(FUZZ_SECONDS)' '$(SIMULATE_SECONDS)'
 
 .PHONY: demo
 demo: $(STAMP) ## one coordinator and six agents on a real data set (ARGS="--dataset phishing")
@@ -46,6 +50,10 @@ test: lint ## lint, then all tests (ARGS="-k settings")
 fuzz: $(STAMP) ## look for trouble in the wire and the transport (FUZZ_SECONDS=600 for most tests; 60)
 	@[[ '$(FUZZ_SECONDS)' =~ ^[0-9]+([.][0-9]+)?$$ ]] || { echo 'FUZZ_SECONDS is a number of seconds, and not $(FUZZ_SECONDS)' >&2; exit 2; }
 	@QUORATE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz --timeout=0 $(ARGS)
+
+.PHONY: simulate
+simulate: $(STAMP) ## look for bugs under virtual time, in fresh seeds (SIMULATE_SECONDS=300, ARGS="--agents 1000")
+	@$(BIN)/quorate simulate --budget $(SIMULATE_SECONDS)s $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, the formatter's check, mypy

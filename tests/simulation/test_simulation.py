@@ -16,7 +16,7 @@ from quorate_coordinator.simulation.run import Report, simulate
 from quorate_coordinator.simulation.shorten import shorten
 from simulation.broken_cores import BROKEN
 
-#: Seconds for seeds that nobody has tried before; `make simulate` gives minutes.
+#: Seconds for seeds that nobody has tried before. `make simulate` looks for minutes.
 SECONDS = float(os.environ.get("QUORATE_SIMULATE_SECONDS", "") or 10)
 
 #: Seeds in which a bug has to show.

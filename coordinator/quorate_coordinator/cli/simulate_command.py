@@ -2,19 +2,14 @@
 
 import secrets
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from quorate_coordinator.cli import common
 from quorate_protocol.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from quorate_coordinator.simulation.plan import Plan
-    from quorate_coordinator.simulation.run import Report
 
 
 def simulate(
@@ -45,31 +40,45 @@ def simulate(
     """
     common.require_extra("coordinator")
     from quorate_coordinator.bench.report import showing_progress
+    from quorate_coordinator.simulation.report import Totals, as_json, as_text
     from quorate_coordinator.simulation.run import Simulation
     from quorate_coordinator.simulation.shorten import shorten
 
+    totals = Totals()
     with common.errors_shown(), showing_progress("simulate") as progress:
-        totals = _Totals()
         for wanted in _plans(seed, agents, hours, faults, seeds, budget, plan):
             title = f"seed {wanted.seed}"
 
-            def show(share: float, title: str = title) -> None:
-                progress(f"{title}  {share:.0%}")
+            def show(what: float | str, title: str = title) -> None:
+                progress(f"{title}  {what:.0%}" if isinstance(what, float) else f"{title} shortened: {what}")
 
             report = Simulation(wanted).run(show)
             totals.add(report)
             if report.violation is not None:
-                if not json_output:
-                    typer.echo(f"seed {wanted.seed} fails; looking for a shorter run that does", err=True)
-                shorter = shorten(report, progress=lambda text, title=title: progress(f"{title} shortened: {text}"))  # type: ignore[misc]
-                _show_violation(report, shorter, json_output)
+                typer.echo(f"seed {wanted.seed} fails; looking for a shorter run that does", err=True)
+                shorter = shorten(report, progress=show)
+                command = _keep(shorter.plan)
+                if json_output:
+                    common.print_json(as_json(report, shorter, command))
+                else:
+                    typer.echo(as_text(report, shorter, command))
                 raise typer.Exit(common.EXIT_OTHER)
-            if not json_output and totals.runs > 1:
+            if totals.runs > 1 and not json_output:
                 typer.echo(f"{title}: {report.events} events, {sum(report.rounds.values())} rounds", err=True)
     if json_output:
         common.print_json(totals.as_json())
     else:
         typer.echo(totals.as_text())
+
+
+def _keep(plan: Any) -> str:
+    """Writes the plan of a run that failed; the command that plays it, or why there is none."""
+    file = Path(f"simulation-{plan.seed}.json")
+    try:
+        file.write_text(plan.to_json(), encoding="utf-8")
+    except OSError as error:
+        return f"its plan could not be written to {file}: {error.strerror}"
+    return f"quorate simulate --plan {file}"
 
 
 def _plans(
@@ -80,7 +89,7 @@ def _plans(
     seeds: int | None,
     budget: str | None,
     file: Path | None,
-) -> "Iterator[Plan]":
+) -> Iterator[Any]:
     """The plans to play, one after the other.
 
     Raises:
@@ -107,79 +116,3 @@ def _plans(
     while number < (seeds or 1) or (ends_at is not None and time.monotonic() < ends_at):
         yield make_plan(first + number, agents=agents, hours=hours, kinds=kinds)
         number += 1
-
-
-class _Totals:
-    """What all runs come to."""
-
-    def __init__(self) -> None:
-        self._reports: list[dict[str, Any]] = []
-        self._agent_hours = self._elapsed_s = 0.0
-        self._events = 0
-        self._counts: dict[str, Counter[str]] = {
-            name: Counter() for name in ("rounds", "statuses", "faults", "strays", "calls")
-        }
-
-    @property
-    def runs(self) -> int:
-        return len(self._reports)
-
-    def add(self, report: "Report") -> None:
-        self._reports.append(report.as_json())
-        self._agent_hours += report.agent_hours
-        self._elapsed_s += report.elapsed_s
-        self._events += report.events
-        for name, counts in self._counts.items():
-            counts.update(getattr(report, name))
-
-    def as_json(self) -> dict[str, Any]:
-        return {"runs": self._reports}
-
-    def as_text(self) -> str:
-        first, last = self._reports[0], self._reports[-1]
-        which = f"seed {first['seed']}" if self.runs == 1 else f"seeds {first['seed']} to {last['seed']}"
-        speed = self._agent_hours / self._elapsed_s if self._elapsed_s else 0.0
-        lines = [
-            f"{which}: {first['agents']} agents, {first['hours']:g} h: every invariant held",
-            f"{'events':10} {self._events:,} in {self._elapsed_s:.1f} s: {speed:,.0f} agent-hours per second",
-        ]
-        for name, counts in self._counts.items():
-            shown = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-            lines.append(f"{name:10} {shown or 'none'}")
-        if self.runs == 1:
-            lines.append(f"{'trace':10} {first['trace_digest']}")
-        return "\n".join(lines)
-
-
-def _show_violation(report: "Report", shorter: "Report", json_output: bool) -> None:
-    violation = shorter.violation
-    assert violation is not None
-    plan = report.plan
-    file = Path(f"simulation-{plan.seed}.json")
-    try:
-        file.write_text(shorter.plan.to_json(), encoding="utf-8")
-        again = f"quorate simulate --plan {file}"
-    except OSError as error:
-        again = f"its plan could not be written to {file}: {error.strerror}"
-    whole = f"quorate simulate --seed {plan.seed} --agents {plan.agents} --hours {plan.hours:g}"
-    if json_output:
-        common.print_json(
-            {"runs": [report.as_json()], "shortened": shorter.as_json(), "command": again, "whole": whole}
-        )
-        return
-    small = shorter.plan
-    write: Callable[[str], None] = typer.echo
-    write(f"violated: {violation.invariant}")
-    write(f"  {violation.message}")
-    write(f"  seed {plan.seed}, {violation.at_s:.3f} virtual seconds after the start")
-    write(
-        f"shortened from {len(plan.faults)} faults, {len(plan.calls)} calls, {plan.agents} agents, {plan.hours:g} h "
-        f"to {len(small.faults)} faults, {len(small.calls)} calls, {small.agents} agents, {small.hours:.3g} h"
-    )
-    for fault in small.faults:
-        write(f"  {fault.at_s:11.3f} {fault.kind} of {fault.targets} for {fault.duration_s:g} s {fault.detail or ''}")
-    write("the last that concerns it:")
-    for line in violation.trace:
-        write(f"  {line}")
-    write(f"again, shortened: {again}")
-    write(f"again, whole:     {whole}")

@@ -11,7 +11,7 @@ from quorate_coordinator.learner.api import AgentReply, ClosedRound, Learner, Re
 from quorate_coordinator.rounds.instructions import Outcome
 
 #: Records between two checkpoints: few, so that most replays begin at one.
-_CHECKPOINT_EVERY: Final = 8
+_CHECKPOINT_EVERY: Final = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,10 @@ _RETRANSMIT_MAX_S: Final = 3.2
 #: Seconds within which everything that was held back by a cut arrives after it.
 _MENDED_S: Final = 2.0
 
-#: Seconds in which a doubled message comes again.
+#: Seconds in which a doubled message comes again: soon, mostly; or when its round has been forgotten.
 _DOUBLED_S: Final = 5.0
+_DOUBLED_LATE_S: Final = 900.0
+_DOUBLED_LATE_SHARE: Final = 0.2
 
 #: Pulses that are looked at for one that was not lost: with half of them lost, one run in a million has more.
 _PULSES_MAX: Final = 20
@@ -210,7 +212,8 @@ class Link:
         self.world.at(at, self._arrive_up if is_up else self._arrive_down, stream, message)
         path = self.path
         if path.duplication and is_up and stream == "coordination" and path.random.random() < path.duplication:
-            again_at = at + path.random.uniform(0.0, _DOUBLED_S)
+            is_late = path.random.random() < _DOUBLED_LATE_SHARE
+            again_at = at + path.random.uniform(0.0, _DOUBLED_LATE_S if is_late else _DOUBLED_S)
             self.world.at(again_at, self._arrive_up, stream, message)
         return at
 

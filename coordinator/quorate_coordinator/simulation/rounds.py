@@ -236,6 +236,7 @@ class Rounds:
                 self.strays[kind] += 1
                 self._world.note(f"{agent} r{round_id} stray {kind}")
             case ri.AnnounceDrained():
+                self._auditor.check_in_flight(0)
                 self._on_drained()
             case ri.OfferLateReply() | ri.NoteForgotten():
                 pass
