@@ -41,15 +41,21 @@ def test_what_must_hold_holds(seed: int, agents: int) -> None:
 
 def test_the_fixed_seeds_together_see_everything() -> None:
     """Seeds that meet with nothing would prove nothing."""
-    reports = [simulate(make_plan(seed, agents=20, hours=0.3)) for seed in range(12)]
-    rounds = sum((report.rounds for report in reports), start=reports[0].rounds.__class__())
-    statuses = sum((report.statuses for report in reports), start=rounds.__class__())
-    calls = sum((report.calls for report in reports), start=rounds.__class__())
-    strays = sum((report.strays for report in reports), start=rounds.__class__())
-    assert {*rounds} >= {"complete", "quorate", "expired", "failed", "cancelled"}
-    assert {*statuses} >= {"replied", "declined", "failed", "late", "lost", "cancelled"}
-    assert {*strays} >= {"late", "duplicate"}
-    assert {*calls} >= {"bad-request", "left", "reveal: revealed", "reveal: already-revealed", "reveal: unknown-round"}
+    reports = [simulate(make_plan(seed, agents=20, hours=0.2)) for seed in range(8)]
+
+    def seen(name: str) -> set[str]:
+        return {what for report in reports for what in getattr(report, name)}
+
+    assert seen("rounds") >= {"complete", "quorate", "expired", "failed", "cancelled"}
+    assert seen("statuses") >= {"replied", "declined", "failed", "late", "lost", "cancelled"}
+    assert seen("strays") >= {"late", "duplicate"}
+    assert seen("calls") >= {
+        "bad-request",
+        "left",
+        "reveal: revealed",
+        "reveal: already-revealed",
+        "reveal: unknown-round",
+    }
 
 
 @pytest.mark.timeout(0)
@@ -126,7 +132,7 @@ def test_a_bug_is_found_and_its_plan_shortened(bug: str) -> None:
     report = find(cores)
     assert report.violation is not None
     assert report.violation.invariant in invariants, describe(report)
-    shorter = shorten(report, cores, seconds=20.0)
+    shorter = shorten(report, cores, seconds=60.0)
     assert shorter.violation is not None
     assert shorter.violation.invariant == report.violation.invariant
     assert shorter.plan.size <= max(6, report.plan.size // 10), f"{report.plan.size} became {shorter.plan.size}"

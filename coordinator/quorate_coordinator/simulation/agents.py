@@ -10,6 +10,7 @@ from quorate_agent.backlog import BacklogLimits
 from quorate_agent.backoff import Backoff
 from quorate_agent.core import AgentCore, State
 from quorate_coordinator.simulation.auditor import Auditor
+from quorate_coordinator.simulation.draws import Draws, fate_of, mix
 from quorate_coordinator.simulation.network import Link, Path, Sent, StreamEnded, StreamName
 from quorate_coordinator.simulation.process import Process
 from quorate_coordinator.simulation.tasks import ANSWERS, tasks_of
@@ -79,7 +80,8 @@ class AgentHost:
         self.auditor = auditor
         self.make_core = make_core
         self.nature: Final = self._draw_nature()
-        self.random: Final = world.stream(f"work {self.name}")
+        self.random: Final = world.stream(f"life {self.name}")
+        self.fate: Final = fate_of(world.seed, f"work {self.name}")
         self.process: AgentProcess | None = None
         self._instances = 0
         #: Supervisors that wait; over 0, it stays down.
@@ -289,7 +291,7 @@ class AgentProcess:
                 self.host.auditor.handler_started(self.instance, self.name, instruction.round, instruction.attempt)
                 self._start(instruction)
             case ev.StartFeedback():
-                self._run(instruction.work, 0.2 * self._draw_compute_s(), ev.HandlerReturned(instruction.work))
+                self._start_feedback(instruction)
             case ev.CancelHandler(work):
                 if self.host.nature.is_async and self.host.world.now >= self.host.hangs_until:
                     self.process.after(_CANCEL_S, self._end, work, ev.HandlerFailed(work, "cancelled"))
@@ -379,17 +381,16 @@ class AgentProcess:
 
     # --- handlers ---
 
-    def _draw_compute_s(self) -> float:
-        return self.host.nature.compute_s * self.host.random.lognormvariate(0.0, 0.5)
+    def _draws_for(self, round_id: int, kind: int) -> Draws:
+        return Draws(mix(self.host.world.fates.get(round_id, round_id), self.host.fate + kind))
 
     def _start(self, start: ev.StartAssignment) -> None:
-        nature, draw, work = self.host.nature, self.host.random, start.work
-        compute_s = self._draw_compute_s()
+        nature, work, draw = self.host.nature, start.work, self._draws_for(start.round, start.attempt)
+        compute_s = draw.log_normal(nature.compute_s, 0.5)
         if draw.random() < nature.slow:
             compute_s += draw.uniform(1.0, 20.0)
         fate = draw.random()
-        right = draw.random() < nature.skill
-        answer = start.body if right else ANSWERS[draw.randrange(len(ANSWERS))]
+        answer = start.body if draw.random() < nature.skill else draw.choice(ANSWERS)
         ended: ev.Event
         if fate < nature.declines:
             ended = ev.HandlerDeclined(work, "not today", compute_s)
@@ -398,6 +399,10 @@ class AgentProcess:
         else:
             ended = ev.HandlerReturned(work, answer, compute_s)
         self._run(work, compute_s, ended)
+
+    def _start_feedback(self, start: ev.StartFeedback) -> None:
+        compute_s = 0.2 * self._draws_for(start.round, 0).log_normal(self.host.nature.compute_s, 0.5)
+        self._run(start.work, compute_s, ev.HandlerReturned(start.work))
 
     def _run(self, work: int, compute_s: float, ended: ev.Event) -> None:
         self._running.add(work)

@@ -7,6 +7,7 @@ everything is looked at every so often (`run`) and at the end.
 import heapq
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -176,6 +177,11 @@ class Auditor:
             if number in self._open:
                 message = f"round {number} is open {self._world.now - deadline_at:.6f} s after its deadline"
                 self.fail("rounds end by their deadline", message, round=number)
+
+    @property
+    def in_flight(self) -> Iterable[OpenedFacts]:
+        """Rounds that were opened and have not closed."""
+        return self._open.values()
 
     def check_in_flight(self, count: int) -> None:
         """The book has as many rounds in flight as were opened and not closed."""

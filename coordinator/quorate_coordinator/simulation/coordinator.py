@@ -12,6 +12,7 @@ from quorate_coordinator.rounds.book import RoundBook
 from quorate_coordinator.simulation.agents import CONNECT_TIMEOUT_S, AgentProcess, MakeAgentCore
 from quorate_coordinator.simulation.auditor import Auditor
 from quorate_coordinator.simulation.disk import SimDisk
+from quorate_coordinator.simulation.draws import Draws
 from quorate_coordinator.simulation.ledger_model import ClosedRecord, LedgerModel, apply_record
 from quorate_coordinator.simulation.members import LEASE_S, MakeRegistry, Members
 from quorate_coordinator.simulation.network import Link, Sent, StreamName
@@ -211,7 +212,8 @@ class CoordinatorHost:
         if target is None:
             self.world.after(path.latency_s, agent.process.call, answer, None, "nobody listens")
             return
-        delay_s = path.draw_delay_s() + path.draw_delay_s()
+        draw = Draws(path.random.getrandbits(64))
+        delay_s = path.draw_delay_s(draw) + path.draw_delay_s(draw)
         if path.cuts_up or path.cuts_down or target.process.is_suspended or delay_s > CONNECT_TIMEOUT_S:
             self.world.after(CONNECT_TIMEOUT_S, agent.process.call, answer, None, "handshake timed out")
             return

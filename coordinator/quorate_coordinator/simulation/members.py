@@ -260,6 +260,10 @@ class Members:
         if askable:
             self._auditor.fail("members can be asked", f"nobody is selected for {sorted(askable)}")
 
+    def is_member(self, agent: str) -> bool:
+        """Whether an agent has a session."""
+        return self.registry.session_of(agent) is not None
+
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of these agents that are not connected."""
         connected = {member.agent for member in self.registry.agents() if member.state == "connected"}

@@ -8,9 +8,10 @@ the path has been open and what was lost on it. So an idle agent has no events o
 import random
 from typing import Final, Literal, Protocol
 
+from quorate_coordinator.simulation.draws import Draws, mix
 from quorate_coordinator.simulation.process import Process
 from quorate_coordinator.simulation.world import World
-from quorate_protocol.messages import Message
+from quorate_protocol.messages import Assignment, Cancellation, Feedback, Message, Reply
 
 StreamName = Literal["control", "coordination"]
 
@@ -29,7 +30,8 @@ _DOUBLED_LATE_SHARE: Final = 0.2
 #: Pulses that are looked at for one that was not lost: with half of them lost, one run in a million has more.
 _PULSES_MAX: Final = 20
 
-_WORD: Final = (1 << 64) - 1
+#: Messages about a round, told apart for their fates.
+_KINDS: Final = {Assignment: 1, Reply: 2, Cancellation: 3, Feedback: 4}
 
 
 class StreamEnded:
@@ -90,15 +92,24 @@ class Path:
         self.reordering_s = 0.0
         #: Probability of a reply's coming again.
         self.duplication = 0.0
-        #: Salt of what is drawn for each pulse.
-        self.salt: Final = self.random.getrandbits(64)
+        #: What becomes of what travels here, together with what it is.
+        self.fate: Final = self.random.getrandbits(64)
+        self._sent = 0
         #: Those that are open on either side.
         self.links: list[Link] = []
 
-    def draw_delay_s(self) -> float:
+    def draws_for(self, message: Sent) -> Draws:
+        """The fate of a message: that of its round's call, where it has a round."""
+        fates = self.world.fates
+        match message:
+            case Reply(round=number) | Assignment(round=number) | Cancellation(round=number) | Feedback(round=number):
+                return Draws(mix(fates.get(number, number), self.fate + _KINDS[type(message)]))
+        self._sent += 1
+        return Draws(mix(self.fate, self._sent))
+
+    def draw_delay_s(self, draw: Draws) -> float:
         """How long a message takes, with all that is lost of it on the way."""
-        draw = self.random
-        delay_s = self.latency_s + draw.expovariate(1.0) * self.jitter_s
+        delay_s = self.latency_s + draw.exponential(self.jitter_s)
         if self.loss > 0.0:
             wait_s = _RETRANSMIT_S
             while draw.random() < self.loss:
@@ -194,7 +205,7 @@ class Link:
         if self.path.cuts_up:
             self._held.append((True, stream, message))
             return None
-        return self._put(True, stream, message, self.path.draw_delay_s())
+        return self._put(True, stream, message, None)
 
     def send_down(self, stream: StreamName, message: Sent) -> None:
         """From the coordinator to the agent."""
@@ -203,17 +214,20 @@ class Link:
         if self.path.cuts_down:
             self._held.append((False, stream, message))
         else:
-            self._put(False, stream, message, self.path.draw_delay_s())
+            self._put(False, stream, message, None)
 
-    def _put(self, is_up: bool, stream: StreamName, message: Sent, delay_s: float) -> float:
+    def _put(self, is_up: bool, stream: StreamName, message: Sent, delay_s: float | None) -> float:
+        path = self.path
+        draw = path.draws_for(message)
+        if delay_s is None:
+            delay_s = path.draw_delay_s(draw)
         direction = is_up, stream
         at = max(self.world.now + delay_s, self._arrivals.get(direction, 0.0))
         self._arrivals[direction] = at
         self.world.at(at, self._arrive_up if is_up else self._arrive_down, stream, message)
-        path = self.path
-        if path.duplication and is_up and stream == "coordination" and path.random.random() < path.duplication:
-            is_late = path.random.random() < _DOUBLED_LATE_SHARE
-            again_at = at + path.random.uniform(0.0, _DOUBLED_LATE_S if is_late else _DOUBLED_S)
+        if path.duplication and isinstance(message, Reply) and draw.random() < path.duplication:
+            is_late = draw.random() < _DOUBLED_LATE_SHARE
+            again_at = at + draw.uniform(0.0, _DOUBLED_LATE_S if is_late else _DOUBLED_S)
             self.world.at(again_at, self._arrive_up, stream, message)
         return at
 
@@ -312,7 +326,7 @@ class Link:
         loss = self.path.loss
         if loss > 0.0:
             tries = 0
-            while sent_at >= since and tries < _PULSES_MAX and _draw(self.path.salt + side, int(number)) < loss:
+            while sent_at >= since and tries < _PULSES_MAX and _is_lost(self.path.fate + side, int(number), loss):
                 number -= 1
                 sent_at -= pulse_s
                 tries += 1
@@ -367,9 +381,6 @@ class Link:
             self._watch(now)
 
 
-def _draw(salt: int, number: int) -> float:
-    """A number from 0 to 1 for each pulse (SplitMix64)."""
-    mixed = (salt + number * 0x9E3779B97F4A7C15) & _WORD
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _WORD
-    return (mixed ^ (mixed >> 31)) / 2.0**64
+def _is_lost(fate: int, number: int, loss: float) -> bool:
+    """What becomes of one pulse."""
+    return mix(fate, number) < loss * 2.0**64

@@ -17,8 +17,16 @@ QUIET_S: Final = 150.0
 #: Least seconds of a run: less leaves no time for anything to go wrong before the quiet.
 RUN_MIN_S: Final = QUIET_S + 60.0
 
-#: Calls in an hour, beside bursts: few, because agents are mostly idle.
+#: Calls in an hour, beside bursts: few in a great fleet, because agents are mostly idle; more in a small one, where
+#: there should mostly be something in flight when something goes wrong.
 _CALLS_AN_HOUR: Final = 400
+_SMALL_FLEET_CALLS: Final = 15_000
+_SMALL_FLEET: Final = 15
+
+#: Faults come alone, or near one of so many moments in an hour: what breaks a system is often two things at once.
+_STORMS_AN_HOUR: Final = 12
+_STORM_SHARE: Final = 0.5
+_STORM_S: Final = 15.0
 
 #: Faults of each kind in an hour, and one more for so many agent-hours, where it hits agents. Bursts and crashes of the
 #: coordinator hit everybody, so that there are few.
@@ -68,12 +76,14 @@ def make_plan(seed: int, *, agents: int, hours: float, kinds: Iterable[str] = FA
             "--hours", f"must be at least {RUN_MIN_S / 3600:.3g} ({RUN_MIN_S:g} s): a run ends with {QUIET_S:g} quiet "
             f"seconds, is {hours:g}"
         )  # fmt: skip
+    draw = _stream(seed, "plan storms")
+    storms = [draw.uniform(0.0, busy_s) for _ in range(max(1, round(_STORMS_AN_HOUR * busy_s / 3600.0)))]
     faults: list[Fault] = []
     for kind in kinds:
         draw = _stream(seed, f"plan {kind}")
         rate = _AN_HOUR[kind] * busy_s / 3600.0
         count = int(rate) + (draw.random() < rate % 1.0)
-        faults += [_make_fault(kind, draw, agents, busy_s) for _ in range(max(1, count))]
+        faults += [_make_fault(kind, draw, agents, busy_s, storms) for _ in range(max(1, count))]
     calls = _make_calls(seed, agents, busy_s)
     for number, fault in enumerate(fault for fault in faults if fault.kind == "burst"):
         calls += _make_burst(seed, number, fault, agents)
@@ -105,11 +115,14 @@ def _some(draw: random.Random, agents: int) -> tuple[int, ...]:
     return tuple(range(agents)) if draw.random() < 0.5 else tuple(range(0, agents, draw.randint(2, 9)))
 
 
-def _make_fault(kind: str, draw: random.Random, agents: int, busy_s: float) -> Fault:
+def _make_fault(kind: str, draw: random.Random, agents: int, busy_s: float, storms: list[float]) -> Fault:
     duration_s, targets, detail = _SHAPES[kind](draw, agents)
     duration_s = min(duration_s, busy_s / 2.0)
+    at_s = draw.uniform(0.0, busy_s)
+    if draw.random() < _STORM_SHARE:
+        at_s = draw.choice(storms) + draw.uniform(0.0, _STORM_S)
     return Fault(
-        at_s=round(draw.uniform(0.0, busy_s - duration_s), 3),
+        at_s=round(min(at_s, busy_s - duration_s), 3),
         kind=kind,
         duration_s=round(duration_s, 3),
         targets=targets,
@@ -175,7 +188,8 @@ _SHAPES: Final[dict[str, Callable[[random.Random, int], _Shape]]] = {
 
 def _make_calls(seed: int, agents: int, busy_s: float) -> list[CallPlan]:
     draw = _stream(seed, "plan calls")
-    count = max(5, round(_CALLS_AN_HOUR * busy_s / 3600.0))
+    an_hour = _CALLS_AN_HOUR + _SMALL_FLEET_CALLS / max(agents, _SMALL_FLEET)
+    count = max(5, round(an_hour * busy_s / 3600.0))
     return [_make_call(draw, f"c{number}", draw.uniform(0.0, busy_s), agents) for number in range(count)]
 
 

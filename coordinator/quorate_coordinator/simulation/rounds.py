@@ -6,7 +6,7 @@ The only file here that knows the book's events and instructions.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, Protocol
@@ -18,6 +18,7 @@ from quorate_coordinator.rounds.book import BookLimits, RoundBook
 from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_coordinator.simulation.auditor import Auditor, ClosedFacts, OpenedFacts
 from quorate_coordinator.simulation.disk import SimDisk
+from quorate_coordinator.simulation.draws import fate_of
 from quorate_coordinator.simulation.ledger_model import ClosedRecord, LedgerModel
 from quorate_coordinator.simulation.plan import CallPlan
 from quorate_coordinator.simulation.process import Process
@@ -244,6 +245,7 @@ class Rounds:
     def _open(self, opening: ri.BroadcastAssignment) -> None:
         self._round_of[opening.request_id] = opening.round
         call = self._asks[opening.request_id][0]
+        self._world.fates[opening.round] = fate_of(self._world.seed, call.key)
         self._world.note(f"r{opening.round} opens for {call.key}: {opening.task}, {len(opening.agents)} asked")
         self._auditor.round_opened(
             OpenedFacts(
@@ -332,14 +334,18 @@ class Rounds:
     def _keep_checkpoint(self, covered: int, snapshot: bytes) -> None:
         self._disk.checkpoint = covered, snapshot
 
-    def audit(self) -> None:
+    def audit(self, is_member: Callable[[str], bool]) -> None:
         """A full look at the book beside what is known from outside."""
         self._auditor.check_in_flight(self.book.in_flight)
+        for opened in self._auditor.in_flight:
+            for agent in opened.selected:
+                if self.book.in_flight_of(agent) and not is_member(agent):
+                    message = f"{self.book.in_flight_of(agent)} rounds wait for {agent}, which is no member"
+                    self._auditor.fail("no round waits for who is gone", message, agent=agent, round=opened.round)
 
-    @property
-    def rest(self) -> str:
+    def rest(self, agents: Iterable[str]) -> str:
         """What is there that should not be when all is quiet; empty when nothing is."""
-        found = []
+        found = [f"rounds that wait for {agent}" for agent in agents if self.book.in_flight_of(agent)]
         if self.book.in_flight:
             found.append(f"{self.book.in_flight} rounds in flight")
         if self.book.held_bytes:

@@ -171,7 +171,7 @@ class Simulation:
         current = self.coordinator.current
         if current is not None and current.process.is_running:
             current.members.audit()
-            current.rounds.audit()
+            current.rounds.audit(current.members.is_member)
 
     def _end(self) -> None:
         """All faults were over for a while: everything must be at rest."""
@@ -180,8 +180,9 @@ class Simulation:
             fail("the coordinator comes back", "it is not there at the end")
         self._look()
         self.coordinator.check_learner()
-        if current.rounds.rest:
-            fail("all comes to rest", f"at the end there are {current.rounds.rest}")
+        rest = current.rounds.rest(host.name for host in self.hosts)
+        if rest:
+            fail("all comes to rest", f"at the end there are {rest}")
         if self.operators.waiting:
             fail("every call is answered", f"{', '.join(self.operators.waiting[:5])} still wait")
         missing = current.members.missing(host.name for host in self.hosts)

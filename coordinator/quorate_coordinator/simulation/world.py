@@ -31,6 +31,8 @@ class World:
         self._sequence = 0
         self._trace: deque[str] = deque(maxlen=TRACE_LINES_MAX)
         self._digest = blake2b(digest_size=16)
+        #: By round: the fate of the call that asked for it. Round numbers shift when a call is left out, this does not.
+        self.fates: dict[int, int] = {}
 
     def at(self, moment: float, action: Callable[..., None], *arguments: Any) -> None:
         """Plans an action; one for the past comes next. Equal moments come in the order of planning."""
