@@ -161,10 +161,14 @@ class Worker:
 
         Raises:
             ConfigurationError: the URL is none, or the authorities' file cannot be read.
+            AgentInvalid: the agent's processes cannot load it.
         """
-        runner = self._runner = HandlerRunner(self._agent, self._agent_id, self._concurrency, self._apply)
-        self._alone_since = time.monotonic()
+        runner = self._runner = HandlerRunner(
+            self._agent, self._agent_id, self._concurrency, self._apply, lambda: self._core.queued
+        )
         try:
+            await self._unless_stopped(runner.open())
+            self._alone_since = time.monotonic()
             while self._ending is None:
                 if self._core.state is State.DRAINING:
                     # Asked to stop while there is no link: what runs may finish.

@@ -10,8 +10,9 @@ import pytest
 import structlog
 
 from quorate_agent import Agent, Context, Declined
+from quorate_agent.calling import Ended, describe
 from quorate_agent.events import HandlerDeclined, HandlerFailed, HandlerReturned, StartAssignment, StartFeedback
-from quorate_agent.running import Ended, HandlerRunner, describe
+from quorate_agent.running import HandlerRunner
 from quorate_agent.threads import HandlerThreads
 from quorate_protocol.bodies import decode_body, encode_body
 from quorate_protocol.limits import BODY_BYTES_MAX
