@@ -29,16 +29,18 @@ from quorate_coordinator.rounds.events import (
 )
 from quorate_coordinator.rounds.instructions import (
     AnnounceDrained,
-    BroadcastAssignment,
     CloseRound,
     Instruction,
     LearnTruth,
     NoteForgotten,
     NoteStray,
     OfferLateReply,
+    OpenRound,
     RejectRequest,
+    SendAssignment,
     SendCancellation,
     SendFeedback,
+    TellPart,
 )
 from quorate_coordinator.rounds.instructions import Outcome as BookOutcome
 from quorate_coordinator.rounds.policy import RoundPolicy
@@ -160,7 +162,7 @@ class Gatherer:
                     task=ask.task,
                     body=ask.body,
                     selected=plan.agents,
-                    unavailable=(),
+                    away=(),
                     policy=policy,
                 )
             )
@@ -263,8 +265,11 @@ class Gatherer:
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
-            case BroadcastAssignment():
-                self._round_of[instruction.request_id] = instruction.round
+            case OpenRound(request_id, round_id):
+                self._round_of[request_id] = round_id
+            case TellPart():
+                pass
+            case SendAssignment():
                 frame = Assignment(
                     round=instruction.round,
                     task=instruction.task,

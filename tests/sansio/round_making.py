@@ -25,12 +25,10 @@ def make_request(
     policy: RoundPolicy | None = None,
     *,
     request_id: int = 7,
-    unavailable: Iterable[str] = (),
+    away: Iterable[str] = (),
 ) -> RoundRequested:
     """A request for a round."""
-    return RoundRequested(
-        request_id, "classify", b"question", tuple(selected), tuple(unavailable), policy or make_policy()
-    )
+    return RoundRequested(request_id, "classify", b"question", tuple(selected), tuple(away), policy or make_policy())
 
 
 def open_round(
@@ -40,12 +38,12 @@ def open_round(
     quorum: int | float = 2,
     grace_s: float | None = 1.0,
     deadline_s: float = 10.0,
-    unavailable: Iterable[str] = (),
+    away: Iterable[str] = (),
 ) -> tuple[Round, list[Instruction]]:
     """A round that was opened at `now`, and what its opening said."""
     policy = make_policy(quorum, grace_s=grace_s, deadline_s=deadline_s)
-    round_ = Round(1, make_request(selected, policy, unavailable=unavailable), now)
-    return round_, round_.open(b"question")
+    round_ = Round(1, make_request(selected, policy, away=away), now)
+    return round_, round_.open()
 
 
 def make_reply(
