@@ -23,8 +23,10 @@ from quorate_coordinator.http import HttpServer
 from quorate_coordinator.learner.api import Learner
 from quorate_coordinator.learner.fixed_share import LEARNING_RATE, SHARE
 from quorate_coordinator.learner.vote import VoteLearner
+from quorate_coordinator.ledger import Ledger
 from quorate_coordinator.metrics import Metrics, Sources
 from quorate_coordinator.operators import Operators
+from quorate_coordinator.recording import Recording
 from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits
 from quorate_coordinator.rounds.policy import RoundPolicy
@@ -34,6 +36,7 @@ from quorate_protocol import __version__
 from quorate_protocol.channel import Channel
 from quorate_protocol.credentials import find_token
 from quorate_protocol.errors import (
+    CallFailed,
     Code,
     ConfigurationError,
     ConnectionClosed,
@@ -79,7 +82,8 @@ class Coordinator:
         self.settings: Final = settings
         self.metrics: Final = Metrics()
         self.started_at_unix_s = time.time()
-        self._learner: Learner = learner or _make_learner(settings)
+        self._given_learner = learner
+        self._recording: Recording | None = None
         self._server: Server | None = None
         self._http = HttpServer(self.metrics.registry, lambda: self.is_ready)
         self._token = ""
@@ -107,37 +111,57 @@ class Coordinator:
             pulse_s=sessions.pulse_s,
             open_timeout_s=sessions.hello_timeout_s,
             on_reply=lambda agent, reply: self._gatherer.reply_received(agent, reply),
+            on_reachable=lambda agent: self._gatherer.agent_reachable(agent),
             on_lost=lambda agent, reason: self._gatherer.agent_lost(agent, reason),
             handshakes_total=self._handshakes_total,
             protocol_errors_total=self._protocol_errors_total,
         )
+        numbers = RoundNumbers(settings.state_dir / "next-round")
+        # Reading a long journal takes a while: the loop has nothing else to do yet.
+        recording = self._recording = Recording.open(settings, self._make_learner, self._restore_learner)
+        recovered = None if recording is None else recording.recovered
         self._gatherer = Gatherer(
             self._fleet,
-            self._learner,
+            Ledger(self._make_learner()) if recovered is None else recovered.ledger,
+            recording,
             policy=_policy(settings),
             limits=BookLimits(
                 in_flight_max=settings.rounds.in_flight_max,
                 in_flight_per_agent_max=settings.rounds.in_flight_per_agent_max,
+                in_flight_per_operator_max=settings.rounds.in_flight_per_operator_max,
                 remembered_max=settings.rounds.remembered_max,
             ),
-            numbers=RoundNumbers(settings.state_dir / "next-round"),
+            numbers=numbers,
+            first_round=numbers.first if recovered is None else max(numbers.first, recovered.next_round),
+            checkpoint_records=settings.journal.checkpoint_records,
             observe_duration=self.metrics.observe_duration,
         )
+        if recording is not None:
+            self._gatherer.recall(recording.recovered.awaiting)
+            recording.journal.start(
+                asyncio.get_running_loop(),
+                self._gatherer.committed,
+                self._gatherer.recording_failed,
+                self._gatherer.recording_recovered,
+            )
         self._operators = Operators(
             self._gatherer,
             self.list_fleet,
+            self._drain_agent,
             pulse_s=sessions.pulse_s,
             lease_s=sessions.lease_s,
             handshakes_total=self._handshakes_total,
             protocol_errors_total=self._protocol_errors_total,
         )
-        self._server = await listen(settings.listen, tls=tls)
         try:
+            self._server = await listen(settings.listen, tls=tls)
             if settings.http_address is not None:
                 await self._http.start(*settings.http_address)
         except BaseException:
-            server, self._server = self._server, None
-            await server.close()
+            if self._server is not None:
+                server, self._server = self._server, None
+                await server.close()
+            await self._close_recording()
             raise
         self.metrics.attach(
             Sources(
@@ -151,6 +175,8 @@ class Coordinator:
             )
         )
         self._spawn(self._accept(self._server), "accept")
+        if recording is not None:
+            self._spawn(recording.prune_for_ever(settings), "prune")
         if development is not None:
             self._spawn(self._renew_certificate(self._server, development), "certificate")
         log.info(
@@ -181,6 +207,7 @@ class Coordinator:
             in_time = False
             log.warning("drain_timed_out", rounds_open=self._gatherer.book.in_flight)
             self._gatherer.stop("the coordinator was stopped")
+        await self._flush_recording()
         await self._operators.finish(1.0)
         return in_time
 
@@ -190,6 +217,8 @@ class Coordinator:
             return
         self._is_draining = True
         self._gatherer.stop("the coordinator was stopped")
+        # Outcomes are told once they are durable.
+        await self._flush_recording()
         await self._operators.finish(1.0)
         await self._fleet.close("the coordinator stops")
         server, self._server = self._server, None
@@ -199,7 +228,18 @@ class Coordinator:
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self._http.close()
+        self._gatherer.checkpoint()
+        await self._close_recording()
         log.info("coordinator_stopped")
+
+    async def _flush_recording(self) -> None:
+        if self._recording is not None and not self._gatherer.recording_problem:
+            await self._recording.flush()
+
+    async def _close_recording(self) -> None:
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            await recording.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -226,11 +266,15 @@ class Coordinator:
         """Whether rounds are taken."""
         return self._server is not None and not self._is_draining
 
+    def _drain_agent(self, agent: str, reason: str) -> None:
+        if not self._fleet.drain(agent, reason):
+            raise CallFailed("unknown-agent", f"there is no agent {agent!r} in the fleet")
+
     def list_fleet(self) -> FleetListing:
         """Everybody who is known, for `agents` calls."""
         now = asyncio.get_running_loop().time()
         weights: dict[str, dict[str, float]] = {}
-        for score in self._learner.scores():
+        for score in self._gatherer.learner.scores():
             for agent, agent_score in score.agents.items():
                 weights.setdefault(agent, {})[score.task] = agent_score.weight
         assignments: Counter[str] = Counter()
@@ -241,7 +285,7 @@ class Coordinator:
                 replies[agent] += count
         infos = []
         for member in self._fleet.registry.agents():
-            latency = self._learner.latency(member.agent)
+            latency = self._gatherer.learner.latency(member.agent)
             is_live = member.state in ("connected", "suspect", "draining")
             infos.append(
                 AgentInfo(
@@ -272,6 +316,21 @@ class Coordinator:
             rounds_closed=dict(closed),
             agents=infos,
         )
+
+    # --- the learner ---
+
+    def _make_learner(self) -> Learner:
+        wanted = self.settings.learner
+        return self._given_learner or VoteLearner(
+            learning_rate=LEARNING_RATE if wanted.learning_rate is None else wanted.learning_rate,
+            share=SHARE if wanted.share is None else wanted.share,
+        )
+
+    def _restore_learner(self, snapshot: bytes) -> Learner:
+        if self._given_learner is not None:
+            return type(self._given_learner).restore(snapshot)
+        wanted = self.settings.learner
+        return VoteLearner.restore(snapshot, learning_rate=wanted.learning_rate, share=wanted.share)
 
     # --- connections ---
 
@@ -431,12 +490,5 @@ def _policy(settings: Settings) -> RoundPolicy:
         grace_s=min(rounds.grace_s, rounds.deadline_s),
         quorum=int(rounds.quorum) if is_count else None,
         quorum_fraction=None if is_count else float(rounds.quorum),
-    )
-
-
-def _make_learner(settings: Settings) -> Learner:
-    wanted = settings.learner
-    return VoteLearner(
-        learning_rate=LEARNING_RATE if wanted.learning_rate is None else wanted.learning_rate,
-        share=SHARE if wanted.share is None else wanted.share,
+        attempts=rounds.attempts,
     )

@@ -120,6 +120,12 @@ class RoundsSettings(_Section):
     in_flight_per_agent_max: Count = Field(
         64, description="Assignments that one agent may owe at once; with that many it is not selected."
     )
+    in_flight_per_operator_max: Count = Field(
+        512, description="Rounds that one operator may have open at once; one more is refused as busy."
+    )
+    attempts: Annotated[int, Field(ge=1, le=100)] = Field(
+        1, description="How often one agent may be given a question: again when it failed, or was lost and came back."
+    )
     remembered_max: Count = Field(
         10_000, description="Closed rounds that are remembered until their truth is told; the oldest go first."
     )

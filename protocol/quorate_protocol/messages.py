@@ -24,6 +24,7 @@ Text = Annotated[str, StringConstraints(max_length=TEXT_CHARS_MAX)]
 Body = Annotated[bytes, Field(max_length=BODY_BYTES_MAX)]
 RoundId = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
+Attempt = Annotated[int, Field(ge=1, le=1000)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86_400 * 365, allow_inf_nan=False)]
 
 Role = Literal["agent", "operator", "observer"]
@@ -182,7 +183,7 @@ class Assignment(Message, type="assignment"):
     round: RoundId
     task: Name
     body: Body
-    attempt: Annotated[int, Field(ge=1, le=1000)] = 1
+    attempt: Attempt = 1
     #: Time left until the round's hard end when this was encoded.
     deadline_s: PositiveSeconds
 
@@ -206,7 +207,7 @@ class Reply(Message, type="reply"):
     """An agent's answer to an assignment, or why there is none."""
 
     round: RoundId
-    attempt: Annotated[int, Field(ge=1, le=1000)] = 1
+    attempt: Attempt = 1
     status: Literal["replied", "declined", "failed"] = "replied"
     #: With `replied`.
     body: Body | None = None
@@ -222,7 +223,7 @@ class Reply(Message, type="reply"):
 
 
 class Ask(Message, type="ask"):
-    """Open a round. Answered by `outcome` or `error`."""
+    """Open a round. Answered by `outcome` or `error`; where it is streamed, `opened` and `part`s go before."""
 
     task: Name
     body: Body
@@ -233,6 +234,25 @@ class Ask(Message, type="ask"):
     deadline_s: PositiveSeconds | None = None
     #: Only agents that carry all of these labels with these values.
     labels: dict[Name, Text] = Field(default_factory=dict, max_length=LABELS_MAX)
+    #: At most so many agents, those that the learner thinks best of.
+    count: Annotated[int, Field(ge=1)] | None = None
+    #: How often one agent may be given the assignment: again when it failed, or was lost and came back.
+    attempts: Annotated[int, Field(ge=1, le=100)] | None = None
+    #: Idempotency key: the same question under the same key is one round, however often it is asked.
+    key: Name | None = None
+    #: Whether the end of each agent's part is to be told as it comes.
+    stream: bool = False
+
+
+class Opened(Message, type="opened"):
+    """The round of a streamed `ask` is open."""
+
+    round: RoundId
+    #: Sorted.
+    selected: list[Name]
+    quorum: Annotated[int, Field(ge=1)]
+    #: Seconds until the hard end.
+    deadline_s: PositiveSeconds
 
 
 class AgentResult(BaseModel):
@@ -255,6 +275,13 @@ class AgentResult(BaseModel):
     def value(self) -> Any:
         """The unpacked body; None without one."""
         return None if self.body is None else decode_body(self.body)
+
+
+class Part(Message, type="part"):
+    """One agent's part in the round of a streamed `ask` has ended. The outcome has it again, and is what counts."""
+
+    round: RoundId
+    result: AgentResult
 
 
 class Outcome(Message, type="outcome"):
@@ -336,11 +363,24 @@ class Fleet(Message, type="fleet"):
     agents: list[AgentInfo]
 
 
+class DrainAgent(Message, type="drain-agent"):
+    """Ask an agent to finish what it has and to leave for good. Answered by `draining` or `error`."""
+
+    agent: Name
+    reason: Text = ""
+
+
+class Draining(Message, type="draining"):
+    """The agent has been told, or will be when it returns; `agents` shows when it has left."""
+
+    agent: Name
+
+
 class CallError(Message, type="error"):
-    """A call that could not be done. It changed nothing."""
+    """A call that could not be done. It changed nothing, unless the reason is `not-recorded`."""
 
     #: `bad-request`, `no-agents`, `busy`, `draining`, `unknown-round`, `already-revealed`,
-    #: `still-open`, `forbidden`, `internal`.
+    #: `still-open`, `forbidden`, `unknown-agent`, `not-recorded`, `internal`.
     reason: Name
     message: Text
     #: Whether the same call may succeed later.

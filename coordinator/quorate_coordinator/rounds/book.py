@@ -132,9 +132,9 @@ class RoundBook:
                 instructions += self._take_truth(event, now)
             case AgentReachable(agent) | AgentLost(agent):
                 for round_id in tuple(self._rounds_of.get(agent, ())):
-                    round_ = self._rounds[round_id]
-                    instructions += self._step(round_, event, now)
-                    if not round_.is_working(agent):
+                    waiting = self._rounds[round_id]
+                    instructions += self._step(waiting, event, now)
+                    if not waiting.is_working(agent):
                         self._unindex(agent, round_id)
             case RoundCancelled(round_id):
                 if (round_ := self._rounds.get(round_id)) is not None:
