@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Coroutine
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypedDict
 
 import structlog
 
@@ -34,6 +34,7 @@ from quorate_coordinator.serving import refuse_streams
 from quorate_coordinator.settings import Settings
 from quorate_protocol import __version__
 from quorate_protocol.channel import Channel
+from quorate_protocol.client import Client
 from quorate_protocol.credentials import find_token
 from quorate_protocol.errors import (
     CallFailed,
@@ -49,8 +50,8 @@ from quorate_protocol.errors import (
 from quorate_protocol.limits import FRAME_BYTES_MAX, HELLO_BYTES_MAX
 from quorate_protocol.messages import AgentInfo, Hello, Refusal
 from quorate_protocol.messages import Fleet as FleetListing
-from quorate_protocol.transport import Connection, Server, ServerTls, listen
-from quorate_protocol.transport.address import join_host_port
+from quorate_protocol.transport import ClientTls, Connection, Server, ServerTls, listen
+from quorate_protocol.transport.address import MEMORY_PREFIX, join_host_port
 
 log = structlog.get_logger()
 
@@ -64,14 +65,22 @@ _REFUSAL_TIMEOUT_S: Final = 2.0
 _STRANGER_STREAMS_MAX: Final = 16
 
 
+class Credentials(TypedDict):
+    """What agents and operators join with."""
+
+    token: str
+    tls: ClientTls | None
+
+
 class Coordinator:
     """A coordinator in this process and loop.
 
-    ::
+    Without a network, for agents and operators of the same process::
 
-        async with Coordinator(Settings()) as coordinator:
-            host, port = coordinator.address
-            ...
+        async with Coordinator(Settings(listen="memory:mine", http="")) as coordinator:
+            joined = asyncio.create_task(agent.run(coordinator.url, **coordinator.credentials))
+            async with await coordinator.client() as client:
+                outcome = await client.ask("classify", {"x": 1.5})
 
     Args:
         settings: checked settings.
@@ -87,6 +96,8 @@ class Coordinator:
         self._server: Server | None = None
         self._http = HttpServer(self.metrics.registry, lambda: self.is_ready)
         self._token = ""
+        #: None trusts the system's authorities.
+        self._client_tls: ClientTls | None = None
         self._is_draining = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._fleet: Fleet
@@ -105,6 +116,8 @@ class Coordinator:
         """
         settings = self.settings
         tls, self._token, development = _credentials(settings)
+        if development is not None:
+            self._client_tls = ClientTls(development.ca_file)
         sessions = settings.sessions
         self._fleet = Fleet(
             lease_s=sessions.lease_s,
@@ -255,6 +268,24 @@ class Coordinator:
         """UDP host and port that are really bound."""
         assert self._server is not None, "not started"
         return self._server.address
+
+    @property
+    def url(self) -> str:
+        """Where agents and operators on this machine reach it."""
+        host, port = self.address
+        return f"memory:{host}" if self.settings.listen.startswith(MEMORY_PREFIX) else f"quic://localhost:{port}"
+
+    @property
+    def credentials(self) -> Credentials:
+        """The keyword arguments `token` and `tls` of those who join from this process. A secret."""
+        return {"token": self._token, "tls": self._client_tls}
+
+    async def client(self, *, name: str | None = None) -> Client:
+        """An operator's client in this process; close it before the coordinator.
+
+        Raises: as `Client.connect`.
+        """
+        return await Client.connect(self.url, name=name, **self.credentials)
 
     @property
     def http_address(self) -> tuple[str, int] | None:

@@ -32,7 +32,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from quorate_protocol.errors import ConfigurationError
 from quorate_protocol.state_dir import default_state_dir, expand_home
-from quorate_protocol.transport.address import parse_listen_address
+from quorate_protocol.transport.address import MEMORY_PREFIX, parse_listen_address, parse_memory_name
 
 #: What `load_settings` read, highest first: pydantic-settings asks the class for its sources, not the call.
 _LAYERS: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("settings_layers", default=())
@@ -189,7 +189,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
     listen: str = Field(
-        "127.0.0.1:4433", description="UDP address for agents and operators. 0.0.0.0:4433 is every interface."
+        "127.0.0.1:4433",
+        description="UDP address for agents and operators. 0.0.0.0:4433 is every interface; memory:NAME this process alone.",
     )
     http: str = Field(
         "127.0.0.1:9433", description="TCP address of /metrics, /healthz and /readyz. Empty: there are none."
@@ -211,14 +212,21 @@ class Settings(BaseSettings):
     def _address(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str) and (value or info.field_name == "listen"):
             try:
-                parse_listen_address(value)
+                if info.field_name == "listen" and value.startswith(MEMORY_PREFIX):
+                    parse_memory_name(value, "listen")
+                else:
+                    parse_listen_address(value)
             except ConfigurationError as error:
                 raise PydanticCustomError("address", "{problem}", {"problem": error.problem}) from error
         return value
 
     @property
     def listen_address(self) -> tuple[str, int]:
-        """Host and UDP port to serve agents and operators on."""
+        """Host and UDP port to serve agents and operators on.
+
+        Raises:
+            ConfigurationError: it is an address in memory.
+        """
         return parse_listen_address(self.listen)
 
     @property
