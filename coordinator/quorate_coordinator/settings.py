@@ -190,7 +190,8 @@ class Settings(BaseSettings):
 
     listen: str = Field(
         "127.0.0.1:4433",
-        description="UDP address for agents and operators. 0.0.0.0:4433 is every interface; memory:NAME this process alone.",
+        description="UDP address for agents and operators. 0.0.0.0:4433 is every interface; memory:NAME this process "
+        "alone.",
     )
     http: str = Field(
         "127.0.0.1:9433", description="TCP address of /metrics, /healthz and /readyz. Empty: there are none."
