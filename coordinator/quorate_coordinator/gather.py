@@ -123,7 +123,7 @@ class Gatherer:
         limits: BookLimits,
         numbers: RoundNumbers,
         first_round: int,
-        checkpoint_records: int,
+        checkpoint_rounds: int,
         observe_duration: Callable[[str, float], None],
     ) -> None:
         self.book: Final = RoundBook(limits, first_round=first_round)
@@ -133,9 +133,10 @@ class Gatherer:
         self._planner = Planner(self.book, ledger.learner, policy, fleet.is_behind)
         self._keys = Keys()
         self._numbers = numbers
-        self._checkpoint_records = checkpoint_records
-        self._records_since_checkpoint = 0
-        self._last_seq = 0
+        self._checkpoint_rounds = checkpoint_rounds
+        self._rounds_since_checkpoint = 0
+        #: Numbers of the last record, and of the last that a checkpoint covers.
+        self._last_seq = self._checkpoint_seq = 0
         self._observe_duration = observe_duration
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -433,14 +434,15 @@ class Gatherer:
                 self._answer_unrecorded(announcement)
             else:
                 self.ledger.hold(seq, announcement)
-        self._records_since_checkpoint += 1
-        if self._records_since_checkpoint >= self._checkpoint_records:
+        self._rounds_since_checkpoint += isinstance(record, RoundClosed)
+        if self._rounds_since_checkpoint >= self._checkpoint_rounds:
             self.checkpoint()
 
     def checkpoint(self) -> None:
         """Has the learner's state written down: a restart replays what comes after it only."""
-        if self._recorder is not None and self._records_since_checkpoint:
-            self._records_since_checkpoint = 0
+        if self._recorder is not None and self._last_seq != self._checkpoint_seq:
+            self._rounds_since_checkpoint = 0
+            self._checkpoint_seq = self._last_seq
             self._recorder.append_checkpoint(self._last_seq, self.learner.snapshot())
 
     def committed(self, seq: int) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final, Self
 
 import structlog
@@ -106,11 +106,20 @@ class Recording:
 
     # --- life ---
 
-    async def prune_for_ever(self, settings: Settings) -> None:
-        """Takes away what is too old or too much, now and then."""
-        keep = Retention(keep_s=settings.journal.keep_days * 86_400.0, keep_bytes=settings.journal.keep_bytes)
+    async def prune_for_ever(self, settings: Settings, awaiting: Callable[[], Collection[int]]) -> None:
+        """Takes away what is too old or too much, now and then.
+
+        Args:
+            settings: how much that is.
+            awaiting: tells the rounds whose truth may come: they stay.
+        """
         while True:
             await asyncio.sleep(PRUNE_INTERVAL_S)
+            keep = Retention(
+                keep_s=settings.journal.keep_days * 86_400.0,
+                keep_bytes=settings.journal.keep_bytes,
+                rounds=awaiting(),
+            )
             try:
                 report = await self.journal.prune(keep, now_s=time.time())
             except JournalUnusable as error:

@@ -146,7 +146,7 @@ class Coordinator:
             ),
             numbers=numbers,
             first_round=numbers.first if recovered is None else max(numbers.first, recovered.next_round),
-            checkpoint_records=settings.journal.checkpoint_records,
+            checkpoint_rounds=settings.journal.checkpoint_rounds,
             observe_duration=self.metrics.observe_duration,
         )
         if recording is not None:
@@ -189,7 +189,7 @@ class Coordinator:
         )
         self._spawn(self._accept(self._server), "accept")
         if recording is not None:
-            self._spawn(recording.prune_for_ever(settings), "prune")
+            self._spawn(recording.prune_for_ever(settings, self._gatherer.book.awaiting), "prune")
         if development is not None:
             self._spawn(self._renew_certificate(self._server, development), "certificate")
         log.info(

@@ -189,6 +189,10 @@ class RoundBook:
         """Closed rounds that await their truth."""
         return len(self._remembered)
 
+    def awaiting(self) -> frozenset[int]:
+        """Closed rounds that await their truth, by number."""
+        return frozenset(self._remembered)
+
     @property
     def remembered_bytes(self) -> int:
         """What those hold, as estimated."""
