@@ -174,6 +174,26 @@ class LearnerSettings(_Section):
     )
 
 
+class JournalSettings(_Section):
+    """`[journal]`: how lasting the record of all rounds is, and how much of it is kept."""
+
+    sync: Literal["full", "normal", "off"] = Field(
+        "full",
+        description="What an outcome outlives once it is announced: `full`, a power cut; `normal`, the end of the "
+        "process; `off`, nothing: there is no journal.",
+    )
+    keep_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] = Field(
+        30.0, description="Days after which a closed round is taken out of the journal."
+    )
+    keep_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
+        4 << 30, description="Bytes that the journal may have; over it the oldest rounds are taken out earlier."
+    )
+    checkpoint_rounds: Count = Field(
+        1000,
+        description="Rounds after which the learner's state is recorded, so that a restart replays no more of them.",
+    )
+
+
 class LogSettings(_Section):
     """`[log]`: what is logged, on standard error."""
 
@@ -206,6 +226,7 @@ class Settings(BaseSettings):
     rounds: RoundsSettings = RoundsSettings()
     sessions: SessionsSettings = SessionsSettings()
     learner: LearnerSettings = LearnerSettings()
+    journal: JournalSettings = JournalSettings()
     log: LogSettings = LogSettings()
 
     @field_validator("listen", "http", mode="before")

@@ -12,7 +12,13 @@ from typing import Annotated
 
 import typer
 
-from quorate_coordinator.cli import ask_command, fleet_commands, operator_commands, service_commands
+from quorate_coordinator.cli import (
+    ask_command,
+    fleet_commands,
+    journal_commands,
+    operator_commands,
+    service_commands,
+)
 from quorate_protocol import __version__
 
 app = typer.Typer(
@@ -43,6 +49,7 @@ app.command("status", short_help="Show the coordinator and its agents.")(fleet_c
 app.command("drain", short_help="Have an agent finish and leave.")(fleet_commands.drain)
 app.command("feed", short_help="Feed a file row by row; report accuracy.")(operator_commands.feed)
 app.command("demo", short_help="See six agents at work on real data.")(service_commands.demo)
+app.add_typer(journal_commands.journal, name="journal", short_help="Check, export or prune the journal.")
 app.add_typer(service_commands.bench, name="bench")
 
 
