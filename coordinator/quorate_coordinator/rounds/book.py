@@ -137,14 +137,14 @@ class RoundBook:
                     if not waiting.is_working(agent):
                         self._unindex(agent, round_id)
             case RoundCancelled(round_id):
-                if (round_ := self._rounds.get(round_id)) is not None:
-                    instructions += self._step(round_, event, now)
+                if round_id in self._rounds:
+                    instructions += self._step(self._rounds[round_id], event, now)
             case DrainRequested():
                 self._is_draining = True
             case CoordinatorStopped():
                 self._is_draining = True
-                for round_ in tuple(self._rounds.values()):
-                    instructions += self._step(round_, event, now)
+                for round_id in tuple(self._rounds):
+                    instructions += self._step(self._rounds[round_id], event, now)
             case TimerFired():
                 pass  # `_close_due` has seen to it
             case _:
@@ -266,7 +266,7 @@ class RoundBook:
         round_ = self._find(event.round)
         if round_ is None:
             if 1 <= event.round < self._first_id:
-                message = f"round {event.round} is of an earlier run of the coordinator: those are not remembered"
+                message = f"round {event.round} is of an earlier run of the coordinator, and is not remembered"
             elif 1 <= event.round <= self._last_id:
                 message = f"round {event.round} is not remembered any more"
             else:
@@ -304,7 +304,7 @@ class RoundBook:
         assert outcome is not None
         self._rounds.pop(round_.id, None)
         self._timers.drop(round_.id)
-        for agent in round_.asked:
+        for agent in outcome.selected:
             self._unindex(agent, round_.id)
         if round_.operator:
             self._in_flight_of_operator[round_.operator] -= 1

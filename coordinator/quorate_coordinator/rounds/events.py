@@ -59,7 +59,10 @@ class AgentReachable:
 
 @dataclass(frozen=True, slots=True)
 class AgentLost:
-    """An agent's session is over (its lease ended, or it left): what it worked on will not come."""
+    """An agent's session is over (its lease ended, or it left): what it worked on will not come.
+
+    Where the policy leaves it attempts, it is asked again when it returns.
+    """
 
     agent: str
     reason: str = ""

@@ -3,16 +3,17 @@
 How each selected agent ends. Exactly one status each, decided at one moment and never changed:
 
 - `replied`, `declined`, `failed`: what its last reply said, if that came while the round was in flight.
-- `lost`: its session ended before it answered, while the round was in flight.
+- `lost`: its session ended before it answered, while the round was in flight, and it was not asked again.
 - `unavailable`: it had no link when the round opened, and did not return in time: it was never asked.
 - `late`: the round came to its deadline, and the agent, which had all the time there was, had not answered.
 - `cancelled`: the round closed before its deadline (quorum and grace, quorum out of reach, cancelled,
   interrupted), and the agent was stopped at work.
 
 Attempts. An agent whose reply is `failed` is asked again while the policy leaves it attempts, and so is one
-that was lost and came back as a new session: each time under the next number. A link that breaks and
-comes back within its session changes no number: what is owed is delivered again, and the agent tells by
-round and attempt what it knows already.
+that was lost and came back as a new session: each time under the next number. Until then the round waits
+for it, as for one that was never asked; without attempts left, the end of its session ends its part. A
+link that breaks and comes back within its session changes no number: what is owed is delivered again, and
+the agent tells by round and attempt what it knows already.
 
 A reply that comes after its agent's part has ended without one (late, cancelled or lost) is a late
 reply: it is counted and offered, and changes neither the status nor the outcome.
@@ -125,8 +126,8 @@ class Round:
         self._working = set(self._selected)
         #: Of those, the ones that have no link to be asked over, and why they lost it; empty where they never had one.
         self._unreached = dict.fromkeys(request.away, "")
-        #: Agents that have not answered what they were asked last. Holds `_working`.
-        self._owing = set(self._selected)
+        #: Agents that have not answered what they were asked last, whether or not their part has ended.
+        self._owing = set(selected)
         #: The number that an agent's reply must carry, where it is not 1.
         self._attempts: dict[str, int] = {}
         #: Parts that have ended; given away to the outcome when the round closes.
@@ -224,7 +225,10 @@ class Round:
         if status == "replied" and event.body is None:
             status, error = "failed", "the reply has no body"
         if agent in self._working and status == "failed" and self._has_attempts_left(agent):
-            return self._ask_again(agent, now)
+            if agent not in self._unreached:
+                return self._ask_again(agent, now)
+            self._owing.discard(agent)  # it is lost: the next attempt is for its return
+            return []
         self._owing.discard(agent)
         body = event.body if status == "replied" else None
         latency_s = now - self.opened_at
@@ -237,7 +241,7 @@ class Round:
 
     def _name_stray(self, event: ReplyReceived) -> StrayKind:
         place = bisect_left(self._asked, event.agent)
-        if self._asked[place : place + 1] != (event.agent,):
+        if self._asked[place : place + 1] != (event.agent,) or not self._was_asked(event.agent):
             return "not-asked"
         return "wrong-attempt" if event.attempt != self._attempts.get(event.agent, 1) else "duplicate"
 
@@ -246,20 +250,29 @@ class Round:
         was_lost = self._unreached.pop(agent, "")
         if was_lost:
             return self._ask_again(agent, now)
+        self._owing.add(agent)
         return self._assign((agent,), self._attempts.get(agent, 1), now)
 
     def _lose(self, agent: str, reason: str) -> list[Instruction]:
-        was_asked = agent not in self._unreached or bool(self._unreached[agent])
-        if was_asked and self._has_attempts_left(agent):
-            self._unreached[agent] = reason or "lost"
+        was_asked = self._was_asked(agent)
+        if self._has_attempts_left(agent):
+            if was_asked:
+                self._unreached[agent] = reason or "lost"
             return []
         return self._end_part(AgentResult(agent, "lost" if was_asked else "unavailable", error=reason))
+
+    def _was_asked(self, agent: str) -> bool:
+        """Whether an agent of `_asked` was given the assignment."""
+        if agent in self._unreached:
+            return bool(self._unreached[agent])
+        return agent not in self._results or self._results[agent].status != "unavailable"
 
     def _has_attempts_left(self, agent: str) -> bool:
         return self._attempts.get(agent, 1) < self._policy.attempts
 
     def _ask_again(self, agent: str, now: float) -> list[Instruction]:
         attempt = self._attempts[agent] = self._attempts.get(agent, 1) + 1
+        self._owing.add(agent)
         return self._assign((agent,), attempt, now)
 
     def _assign(self, agents: tuple[str, ...], attempt: int, now: float) -> list[Instruction]:
