@@ -74,6 +74,11 @@ class Ledger:
         """Announcements that wait."""
         return len(self._held)
 
+    @property
+    def answers(self) -> int:
+        """Rounds whose announced answer is kept for their truth."""
+        return len(self._answers)
+
     # --- what is recorded ---
 
     def open(self, opened: OpenRound, question: Question) -> RoundOpened:

@@ -229,16 +229,17 @@ class Operators:
             is_withdrawn = True
             raise
         finally:
+            # First of all: the connection's end cancels this once more while it waits.
+            if is_withdrawn:
+                asking.withdraw()
+            else:
+                asking.leave()
             for task in (watching, telling):
                 task.cancel()
             await asyncio.wait((watching, telling))
             for task in (watching, telling):
                 if not task.cancelled():
                     task.exception()
-            if is_withdrawn:
-                asking.withdraw()
-            else:
-                asking.leave()
 
 
 async def _tell(channel: Channel, told: "asyncio.Queue[Opened | Part | None]") -> None:

@@ -39,11 +39,15 @@ class TestTypes:
             "feedback",
             "reply",
             "ask",
+            "opened",
+            "part",
             "outcome",
             "reveal",
             "revealed",
             "agents",
             "fleet",
+            "drain-agent",
+            "draining",
             "error",
         ]
 
