@@ -81,7 +81,8 @@ class Heard:
     committed: list[int] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     recovered: int = 0
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Set by whatever is told.
+    on_change: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self, journal: Journal) -> None:
         journal.start(asyncio.get_running_loop(), self._on_committed, self._on_failed, self._on_recovered)
@@ -90,20 +91,20 @@ class Heard:
         """Waits for that much."""
         async with asyncio.timeout(PATIENCE_S):
             while max(self.committed, default=0) < committed or len(self.failed) < failed or self.recovered < recovered:
-                self._changed.clear()
-                await self._changed.wait()
+                self.on_change.clear()
+                await self.on_change.wait()
 
     def _on_committed(self, seq: int) -> None:
         self.committed.append(seq)
-        self._changed.set()
+        self.on_change.set()
 
     def _on_failed(self, problem: str) -> None:
         self.failed.append(problem)
-        self._changed.set()
+        self.on_change.set()
 
     def _on_recovered(self) -> None:
         self.recovered += 1
-        self._changed.set()
+        self.on_change.set()
 
 
 @asynccontextmanager

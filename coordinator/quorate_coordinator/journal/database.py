@@ -93,6 +93,8 @@ def connect_to_write(file: Path, sync: Sync, *, may_create: bool = True) -> sqli
     try:
         with damage_told(file):
             find_version(connection, file)  # what is not ours is not touched
+            with contextlib.suppress(OSError):
+                file.chmod(0o600)  # where somebody has copied it
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of effect before the first table only
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
@@ -100,6 +102,7 @@ def connect_to_write(file: Path, sync: Sync, *, may_create: bool = True) -> sqli
             connection.execute(f"PRAGMA synchronous = {sync.upper()}")
             connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES_KEPT}")
             migrate(connection, file)
+            check_version(connection, file)
     except BaseException:
         connection.close()
         raise
@@ -136,6 +139,8 @@ def damage_told(file: Path) -> Iterator[None]:
     """
     try:
         yield
+    except UnicodeDecodeError as error:  # of a name in the schema, which SQLite's own messages repeat
+        raise JournalDamaged(file, "SQLite cannot say what, in readable text") from error
     except sqlite3.Error as error:
         # Without a code: Python could not make sense of a value, such as a text that is no UTF-8.
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
