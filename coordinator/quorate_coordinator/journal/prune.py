@@ -92,7 +92,8 @@ def prune(
         if dry_run:
             excess -= step.bytes
         else:
-            connection.execute(f"PRAGMA incremental_vacuum({_STEP_PAGES})").fetchall()
+            # As a script: it answers with rows without columns, of which `execute` takes the first for the last.
+            connection.executescript(f"PRAGMA incremental_vacuum({_STEP_PAGES})")
             excess = _excess(connection, retention)
         yield report
         if step.is_last:
