@@ -121,16 +121,15 @@ async def journalling(file: Path) -> AsyncIterator[tuple[Journal, Heard]]:
 def write_journal(file: Path, records: Iterable[Record], checkpoints: Iterable[int] = ()) -> None:
     """Writes a journal, a second between its records; a checkpoint after each of those numbers."""
 
-    async def write() -> None:
-        async with journalling(file) as (journal, _):
-            last = journal.last_seq
-            for number, record in enumerate(records, start=1):
-                journal.append(record, at=EPOCH_S + last + number)
-                if number in checkpoints:
-                    journal.append_checkpoint(journal.last_seq, b"state %d" % journal.last_seq, at=EPOCH_S + number)
-            assert journal.close(PATIENCE_S)
-
-    asyncio.run(write())
+    journal, loop = Journal.open(file), asyncio.new_event_loop()
+    journal.start(loop, lambda seq: None, lambda problem: None, lambda: None)
+    last = journal.last_seq
+    for number, record in enumerate(records, start=1):
+        journal.append(record, at=EPOCH_S + last + number)
+        if number in checkpoints:
+            journal.append_checkpoint(journal.last_seq, b"state %d" % journal.last_seq, at=EPOCH_S + number)
+    assert journal.close(PATIENCE_S)
+    loop.close()
 
 
 def read_journal(file: Path) -> list[tuple[int, float, Record]]:
@@ -145,3 +144,9 @@ def execute(file: Path, statement: str, *values: object) -> None:
         connection.execute(statement, values)
     finally:
         connection.close()
+
+
+def record_at(seq: int) -> Record:
+    """The record with this number in an endless journal of whole rounds."""
+    rounds_before, part = divmod(seq - 1, 4)
+    return whole(rounds_before + 1)[part]
