@@ -38,7 +38,7 @@ def rounds_in(file: Path) -> list[int]:
 
 
 def prune_file(file: Path, retention: Retention, now_s: float, *, dry_run: bool = False) -> PruneReport:
-    connection = connect_to_write(file, "normal", may_create=False)
+    connection = connect_to_write(file, "normal")
     try:
         return list(prune(connection, retention, now_s, dry_run=dry_run))[-1]
     finally:

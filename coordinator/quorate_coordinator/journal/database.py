@@ -74,7 +74,7 @@ class Lock:
         self.release()
 
 
-def connect_to_write(file: Path, sync: Sync, *, may_create: bool = True) -> sqlite3.Connection:
+def connect_to_write(file: Path, sync: Sync) -> sqlite3.Connection:
     """A connection that writes, in autocommit mode; the file is there, private and of this version. The caller holds
     its `Lock`, and uses the connection from one thread at a time.
 
@@ -82,10 +82,9 @@ def connect_to_write(file: Path, sync: Sync, *, may_create: bool = True) -> sqli
         JournalTooNew, JournalDamaged, JournalUnusable: what is wrong with the file.
     """
     try:
-        if may_create:
-            with contextlib.suppress(FileExistsError):
-                # Private from the start: SQLite gives the files beside it the same mode.
-                os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with contextlib.suppress(FileExistsError):
+            # Private from the start: SQLite gives the files beside it the same mode.
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         _check_access(file, os.R_OK | os.W_OK)
     except OSError as error:
         raise JournalUnusable(file, f"cannot be opened: {error.strerror or error}") from error
