@@ -81,7 +81,8 @@ class Heard:
     committed: list[int] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     recovered: int = 0
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Set by whatever is told.
+    on_change: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self, journal: Journal) -> None:
         journal.start(asyncio.get_running_loop(), self._on_committed, self._on_failed, self._on_recovered)
@@ -90,20 +91,20 @@ class Heard:
         """Waits for that much."""
         async with asyncio.timeout(PATIENCE_S):
             while max(self.committed, default=0) < committed or len(self.failed) < failed or self.recovered < recovered:
-                self._changed.clear()
-                await self._changed.wait()
+                self.on_change.clear()
+                await self.on_change.wait()
 
     def _on_committed(self, seq: int) -> None:
         self.committed.append(seq)
-        self._changed.set()
+        self.on_change.set()
 
     def _on_failed(self, problem: str) -> None:
         self.failed.append(problem)
-        self._changed.set()
+        self.on_change.set()
 
     def _on_recovered(self) -> None:
         self.recovered += 1
-        self._changed.set()
+        self.on_change.set()
 
 
 @asynccontextmanager
@@ -120,16 +121,15 @@ async def journalling(file: Path) -> AsyncIterator[tuple[Journal, Heard]]:
 def write_journal(file: Path, records: Iterable[Record], checkpoints: Iterable[int] = ()) -> None:
     """Writes a journal, a second between its records; a checkpoint after each of those numbers."""
 
-    async def write() -> None:
-        async with journalling(file) as (journal, _):
-            last = journal.last_seq
-            for number, record in enumerate(records, start=1):
-                journal.append(record, at=EPOCH_S + last + number)
-                if number in checkpoints:
-                    journal.append_checkpoint(journal.last_seq, b"state %d" % journal.last_seq, at=EPOCH_S + number)
-            assert journal.close(PATIENCE_S)
-
-    asyncio.run(write())
+    journal, loop = Journal.open(file), asyncio.new_event_loop()
+    journal.start(loop, lambda seq: None, lambda problem: None, lambda: None)
+    last = journal.last_seq
+    for number, record in enumerate(records, start=1):
+        journal.append(record, at=EPOCH_S + last + number)
+        if number in checkpoints:
+            journal.append_checkpoint(journal.last_seq, b"state %d" % journal.last_seq, at=EPOCH_S + number)
+    assert journal.close(PATIENCE_S)
+    loop.close()
 
 
 def read_journal(file: Path) -> list[tuple[int, float, Record]]:
@@ -144,3 +144,9 @@ def execute(file: Path, statement: str, *values: object) -> None:
         connection.execute(statement, values)
     finally:
         connection.close()
+
+
+def record_at(seq: int) -> Record:
+    """The record with this number in an endless journal of whole rounds."""
+    rounds_before, part = divmod(seq - 1, 4)
+    return whole(rounds_before + 1)[part]

@@ -17,7 +17,7 @@ import typer
 
 from quorate_coordinator.cli import common
 from quorate_coordinator.journal.database import Lock, connect_to_write, damage_told
-from quorate_coordinator.journal.errors import JournalDamaged, JournalInUse, JournalUnusable
+from quorate_coordinator.journal.errors import JournalDamaged, JournalInUse
 from quorate_coordinator.journal.prune import PruneReport, Retention, prune
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.records import KINDS, Record, RecordedResult
@@ -111,7 +111,8 @@ def export_command(
                 except JournalDamaged as error:
                     damaged.append(error.damage)
                     continue
-                typer.echo(common.json_text({"seq": row.seq, "at": row.at, "kind": row.kind, **record_json(record)}))
+                line = {"seq": row.seq, "at": row.at, "kind": row.kind, **record_json(record)}
+                sys.stdout.write(common.json_text(line) + "\n")  # not typer's: it flushes each line
     if damaged:
         common.fail("some records are damaged and were left out", common.EXIT_OTHER, details=damaged)
 
@@ -199,8 +200,7 @@ def _closed_pipe_is_the_end() -> Iterator[None]:
 
 
 def _prune(file: Path, retention: Retention, dry_run: bool) -> PruneReport:
-    if not file.exists():
-        raise JournalUnusable(file, "cannot be read: No such file or directory")
+    JournalReader(file).close()  # nothing is made of what is no journal
     try:
         lock = Lock(file)
     except JournalInUse as error:
@@ -210,7 +210,7 @@ def _prune(file: Path, retention: Retention, dry_run: bool) -> PruneReport:
             "see keep_days and keep_bytes under [journal] in its settings",
         ) from error
     with lock:
-        connection = connect_to_write(file, "full", may_create=False)
+        connection = connect_to_write(file, "full")
         try:
             with damage_told(file):
                 # The same report again and again, at last whole.

@@ -74,7 +74,7 @@ class Lock:
         self.release()
 
 
-def connect_to_write(file: Path, sync: Sync, *, may_create: bool = True) -> sqlite3.Connection:
+def connect_to_write(file: Path, sync: Sync) -> sqlite3.Connection:
     """A connection that writes, in autocommit mode; the file is there, private and of this version. The caller holds
     its `Lock`, and uses the connection from one thread at a time.
 
@@ -82,10 +82,9 @@ def connect_to_write(file: Path, sync: Sync, *, may_create: bool = True) -> sqli
         JournalTooNew, JournalDamaged, JournalUnusable: what is wrong with the file.
     """
     try:
-        if may_create:
-            with contextlib.suppress(FileExistsError):
-                # Private from the start: SQLite gives the files beside it the same mode.
-                os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with contextlib.suppress(FileExistsError):
+            # Private from the start: SQLite gives the files beside it the same mode.
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         _check_access(file, os.R_OK | os.W_OK)
     except OSError as error:
         raise JournalUnusable(file, f"cannot be opened: {error.strerror or error}") from error
@@ -93,6 +92,8 @@ def connect_to_write(file: Path, sync: Sync, *, may_create: bool = True) -> sqli
     try:
         with damage_told(file):
             find_version(connection, file)  # what is not ours is not touched
+            with contextlib.suppress(OSError):
+                file.chmod(0o600)  # where somebody has copied it
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of effect before the first table only
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
@@ -100,6 +101,7 @@ def connect_to_write(file: Path, sync: Sync, *, may_create: bool = True) -> sqli
             connection.execute(f"PRAGMA synchronous = {sync.upper()}")
             connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES_KEPT}")
             migrate(connection, file)
+            check_version(connection, file)
     except BaseException:
         connection.close()
         raise
@@ -136,6 +138,8 @@ def damage_told(file: Path) -> Iterator[None]:
     """
     try:
         yield
+    except UnicodeDecodeError as error:  # of a name in the schema, which SQLite's own messages repeat
+        raise JournalDamaged(file, "SQLite cannot say what, in readable text") from error
     except sqlite3.Error as error:
         # Without a code: Python could not make sense of a value, such as a text that is no UTF-8.
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF

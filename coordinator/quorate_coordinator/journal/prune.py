@@ -92,7 +92,8 @@ def prune(
         if dry_run:
             excess -= step.bytes
         else:
-            connection.execute(f"PRAGMA incremental_vacuum({_STEP_PAGES})").fetchall()
+            # As a script: it answers with rows without columns, of which `execute` takes the first for the last.
+            connection.executescript(f"PRAGMA incremental_vacuum({_STEP_PAGES})")
             excess = _excess(connection, retention)
         yield report
         if step.is_last:
@@ -126,8 +127,10 @@ def _choose(
 ) -> _Step:
     step = _Step(cursor, [], [])
     oldest_s = float("-inf") if retention.keep_s is None else now_s - retention.keep_s
+    # The casts make numbers of what a damaged row may have instead.
     rows = connection.execute(
-        "SELECT seq, round, at, length(payload) FROM records WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
+        "SELECT seq, round, CAST(at AS REAL), coalesce(length(payload), 0) FROM records "
+        "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
         (cursor, bound, _STEP_ROWS),
     ).fetchall()
     step.is_last = len(rows) < _STEP_ROWS
@@ -144,15 +147,16 @@ def _choose(
         if number is None:
             step.seqs.append(seq)
             step.bytes += size + _ROW_BYTES
-        elif number not in seen and number not in retention.rounds:
+        elif isinstance(number, int) and number not in seen and number not in retention.rounds:
             seen.add(number)
             last_seq, last_s, is_closed, all_bytes = connection.execute(
-                "SELECT max(seq), max(at), max(kind = 'closed'), sum(length(payload) + ?) FROM records WHERE round = ?",
+                "SELECT max(seq), max(CAST(at AS REAL)), max(kind = 'closed'), total(length(payload) + ?) "
+                "FROM records WHERE round = ?",
                 (_ROW_BYTES, number),
             ).fetchone()
             if is_closed and last_seq <= bound and (last_s < oldest_s or is_over):
                 step.rounds.append(number)
-                step.bytes += all_bytes
+                step.bytes += int(all_bytes)
     return step
 
 

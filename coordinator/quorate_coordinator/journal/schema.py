@@ -6,10 +6,11 @@ that changes the tables: a journal is of one version or of the next, also after 
 
 import sqlite3
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Final
 
-from quorate_coordinator.journal.errors import JournalTooNew, JournalUnusable
+from quorate_coordinator.journal.errors import JournalDamaged, JournalTooNew, JournalUnusable
 
 #: In the coordinator's state directory.
 JOURNAL_NAME: Final = "journal.sqlite3"
@@ -88,16 +89,35 @@ def check_version(connection: sqlite3.Connection, file: Path) -> None:
 
     Raises:
         JournalTooNew: it is of a later version.
-        JournalUnusable: it is of an earlier one, or some other database.
+        JournalDamaged: its tables are not as they were made.
+        JournalUnusable: it is of an earlier version, or some other database.
     """
     version = _version(connection, file, may_be_empty=False)
     if version > SCHEMA_VERSION:
         raise JournalTooNew(file, version, SCHEMA_VERSION)
+    if version == SCHEMA_VERSION and _schema(connection) != _expected_schema():
+        # A column of another name or type would make anything of what is in it.
+        raise JournalDamaged(file, "its tables are not those of a journal")
     if version < SCHEMA_VERSION:
         raise JournalUnusable(
             file,
             f"is a journal of version {version}; the coordinator brings it to {SCHEMA_VERSION} when it starts",
         )
+
+
+@cache
+def _expected_schema() -> list[tuple[str, str]]:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        for step in MIGRATIONS:
+            step(connection)
+        return _schema(connection)
+    finally:
+        connection.close()
+
+
+def _schema(connection: sqlite3.Connection) -> list[tuple[str, str]]:
+    return connection.execute("SELECT name, sql FROM sqlite_schema ORDER BY name").fetchall()
 
 
 def _version(connection: sqlite3.Connection, file: Path, *, may_be_empty: bool) -> int:
