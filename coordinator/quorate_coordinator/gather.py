@@ -74,8 +74,8 @@ class Fleet(Protocol):
     def is_behind(self, agent: str, more_bytes: int) -> bool:
         """Whether an agent has so much to take in that it should not be sent so many bytes more."""
 
-    def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True) -> None:
-        """Sends one frame to each of these agents that is connected."""
+    def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True, is_assignment: bool = False) -> None:
+        """Sends one frame to each of these agents that has a session; an assignment only to who has a link."""
 
 
 class Gatherer:
@@ -213,6 +213,14 @@ class Gatherer:
         """What an agent worked on will not come."""
         self.handle(AgentLost(agent, reason))
 
+    def agent_reachable(self, agent: str) -> None:
+        """An agent has a link, its first or a new one: what it has not answered may be sent again."""
+        log.debug("agent_reachable", agent=agent)  # the rounds' core takes it from here
+
+    def agent_away(self, agent: str, reason: str) -> None:
+        """An agent has no link now; what it works on may still come."""
+        log.debug("agent_away", agent=agent, reason=reason)  # the rounds' core takes it from here
+
     async def drain(self) -> None:
         """Opens no new rounds; returns when none is in flight."""
         self.handle(DrainRequested())
@@ -272,7 +280,7 @@ class Gatherer:
                     attempt=instruction.attempt,
                     deadline_s=instruction.deadline_s,
                 ).to_frame()
-                self._fleet.send(instruction.agents, frame)
+                self._fleet.send(instruction.agents, frame, is_assignment=True)
             case SendCancellation():
                 frame = Cancellation(round=instruction.round, reason=clip_text(instruction.reason)).to_frame()
                 self._fleet.send(instruction.agents, frame)

@@ -166,7 +166,9 @@ def test_the_ceilings_in_the_table_of_types() -> None:
     explained = set(said) | {"list of T", "map of T"}
     for words in used:
         parts = re.split(r"^(?:list|map) of ", words)
-        assert parts[-1] in explained or words.startswith(('"', "map from")) or parts[-1] in ("resume", "result", "agent"), words
+        assert (
+            parts[-1] in explained or words.startswith(('"', "map from")) or parts[-1] in ("resume", "result", "agent")
+        ), words
 
 
 def test_every_state_of_a_round_is_explained() -> None:
