@@ -39,6 +39,9 @@ ATTEMPT_MIN_S: Final = 0.1
 #: Seconds for a handshake while a session waits for its link: where packets are lost, a handshake tries again ever
 #: later (0.3 s, 0.9, 2.1 …), and a new one at once.
 RESUME_TIMEOUT_S: Final = 2.0
+#: The longest pause between two attempts meanwhile, as a share of the lease: some of them fall into it for sure. After
+#: the lease nobody waits any more, and pauses are as long as a fleet without a coordinator needs them to be.
+RESUME_PAUSE_SHARE: Final = 1 / 8
 #: Bytes that `resume` may add to a hello.
 _RESUME_BYTES_MAX: Final = 1024
 
@@ -142,6 +145,9 @@ class Worker:
         #: Monotonic seconds: since when there has been no session; when the present or last one began.
         self._alone_since = 0.0
         self._session_began_at: float | None = None
+        #: The lease of the last session, and when it ends for one that has lost its link.
+        self._lease_s = 0.0
+        self._lease_ends_at = 0.0
         self._reconnect_reason = ""
 
     @property
@@ -187,7 +193,7 @@ class Worker:
     # --- connecting ---
 
     async def _connect(self) -> Connection | None:
-        timeout_s = RESUME_TIMEOUT_S if self._core.is_suspended else CONNECT_TIMEOUT_S
+        timeout_s = RESUME_TIMEOUT_S if self._is_awaited(_now()) else CONNECT_TIMEOUT_S
         if self._max_wait_s is not None:
             left_s = self._alone_since + self._max_wait_s - _now()
             # A last attempt without the time to learn anything would hide what the earlier ones met with.
@@ -211,8 +217,11 @@ class Worker:
         if began_at is None:
             delay_s = self._backoff.fail()
         else:
+            self._lease_ends_at = now + self._lease_s
             delay_s = self._backoff.end_session(now - began_at, at_once=self._core.is_suspended)
             self._alone_since = now
+        if self._is_awaited(now):
+            delay_s = min(delay_s, self._lease_s * RESUME_PAUSE_SHARE)
         if self._max_wait_s is not None:
             delay_s = min(delay_s, max(0.0, self._alone_since + self._max_wait_s - now))
         if began_at is None:
@@ -230,6 +239,10 @@ class Worker:
             retry_in_s=round(delay_s, 3),
         )
         await self._unless_stopped(asyncio.sleep(delay_s))
+
+    def _is_awaited(self, now: float) -> bool:
+        """Whether there is a session that may still be resumed."""
+        return self._core.is_suspended and now < self._lease_ends_at
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of `work`; None when a stop was requested before it was there."""
@@ -273,6 +286,7 @@ class Worker:
 
     def _on_welcomed(self, welcome: Welcome) -> None:
         self._session_began_at = _now()
+        self._lease_s = welcome.lease_s
         log.info(
             "rejoined" if welcome.resumed else "joined",
             coordinator=self._peer,
