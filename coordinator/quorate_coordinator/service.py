@@ -125,6 +125,7 @@ class Coordinator:
             open_timeout_s=sessions.hello_timeout_s,
             on_reply=lambda agent, reply: self._gatherer.reply_received(agent, reply),
             on_reachable=lambda agent: self._gatherer.agent_reachable(agent),
+            on_away=lambda agent, reason: None,
             on_lost=lambda agent, reason: self._gatherer.agent_lost(agent, reason),
             handshakes_total=self._handshakes_total,
             protocol_errors_total=self._protocol_errors_total,
@@ -444,7 +445,8 @@ class Coordinator:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             log.warning("unauthenticated", role=hello.role, id=hello.id, address=connection.peer)
             raise Refused("unauthenticated", "the token is not this coordinator's")
-        if self._is_draining:
+        # Rounds in flight wait for the replies of who comes back.
+        if self._is_draining and not (hello.role == "agent" and self._fleet.can_resume(hello)):
             raise Refused("draining", "the coordinator is draining", retry=True)
 
     async def _renew_certificate(self, server: Server, files: DevelopmentCredentials) -> None:

@@ -23,6 +23,7 @@ Name = Annotated[
 Text = Annotated[str, StringConstraints(max_length=TEXT_CHARS_MAX)]
 Body = Annotated[bytes, Field(max_length=BODY_BYTES_MAX)]
 RoundId = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
+Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
 Attempt = Annotated[int, Field(ge=1, le=1000)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86_400 * 365, allow_inf_nan=False)]
@@ -111,6 +112,18 @@ def _describe(error: ValidationError) -> str:
 # --- control stream ------------------------------------------------------------------------------
 
 
+class Resume(BaseModel):
+    """The session that an agent wants to go on with, inside `hello`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    session: Name
+    #: The session's `welcome` said it. Never logged.
+    secret: Annotated[str, StringConstraints(max_length=64)] = Field(repr=False)
+    #: Frames that came on the session's coordination streams, all links together.
+    received: Count = 0
+
+
 class Hello(Message, type="hello"):
     """First frame of the first stream: who connects and what it can do."""
 
@@ -125,6 +138,8 @@ class Hello(Message, type="hello"):
     tasks: list[Name] = Field(default_factory=list, max_length=TASKS_MAX)
     #: Version of the software, for operators to see.
     software: Annotated[str, StringConstraints(max_length=64)] = ""
+    #: From an agent that had a session and lost its link.
+    resume: Resume | None = None
 
     @field_validator("tasks")
     @classmethod
@@ -144,6 +159,12 @@ class Welcome(Message, type="welcome"):
     pulse_s: PositiveSeconds
     #: How long silence may last before the agent counts as lost.
     lease_s: PositiveSeconds
+    #: With what an agent resumes this session over another link; empty for operators. Never logged.
+    secret: Annotated[str, StringConstraints(max_length=64)] = Field("", repr=False)
+    #: Whether this is the session that the hello wanted to resume.
+    resumed: bool = False
+    #: Replies that came in the session before this link.
+    received: Count = 0
 
 
 class Refusal(Message, type="refusal"):
@@ -160,6 +181,8 @@ class Drain(Message, type="drain"):
     """From the coordinator: no more assignments come; finish what you have. From an agent: send me none."""
 
     reason: Text = ""
+    #: From the coordinator: leave for good, and do not come back by yourself.
+    stop: bool = False
 
 
 class Goodbye(Message, type="goodbye"):

@@ -14,7 +14,7 @@ from agent_peer import udp_relay
 from coordination import PATIENCE_S, Fleet, coordinating, until
 from quorate_agent import Agent, Declined
 from quorate_agent import backoff as backoff_module
-from quorate_agent.core import State
+from quorate_agent.states import State
 from quorate_agent.worker import Worker
 from quorate_coordinator.certificates import ensure_development_credentials
 from quorate_coordinator.learner.api import Answer, ClosedRound, Report

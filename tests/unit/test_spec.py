@@ -24,6 +24,7 @@ from quorate_protocol.messages import (
     Body,
     Name,
     PositiveSeconds,
+    Resume,
     RoundId,
     RoundState,
     Seconds,
@@ -36,6 +37,7 @@ SPEC = (Path(__file__).resolve().parents[2] / "protocol" / "SPEC.md").read_text(
 #: Heading in SPEC.md to model.
 MODELS: dict[str, type[BaseModel]] = {
     **{f"`{name}`": model for name, model in message_types().items()},
+    "resume": Resume,
     "result": AgentResult,
     "agent": AgentInfo,
 }
@@ -61,6 +63,7 @@ TYPES: dict[str, Any] = {
     "weight": Weight,
     "number": float,
     "boolean": bool,
+    "resume": Resume,
     "list of name": list[Name],
     "list of result": list[AgentResult],
     "list of agent": list[AgentInfo],
@@ -169,7 +172,9 @@ def test_the_ceilings_in_the_table_of_types() -> None:
     explained = set(said) | {"list of T", "map of T"}
     for words in used:
         parts = re.split(r"^(?:list|map) of ", words)
-        assert parts[-1] in explained or words.startswith(('"', "map from")) or parts[-1] in ("result", "agent"), words
+        assert (
+            parts[-1] in explained or words.startswith(('"', "map from")) or parts[-1] in ("resume", "result", "agent")
+        ), words
 
 
 def test_every_state_of_a_round_is_explained() -> None:
