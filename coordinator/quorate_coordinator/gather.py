@@ -275,18 +275,6 @@ class Gatherer:
         """What an agent worked on will not come."""
         self.handle(AgentLost(agent, reason))
 
-    def agent_lost(self, agent: str, reason: str) -> None:
-        """What an agent worked on will not come."""
-        self.handle(AgentLost(agent, reason))
-
-    def agent_reachable(self, agent: str) -> None:
-        """An agent has a link, its first or a new one: what it has not answered may be sent again."""
-        log.debug("agent_reachable", agent=agent)  # the rounds' core takes it from here
-
-    def agent_away(self, agent: str, reason: str) -> None:
-        """An agent has no link now; what it works on may still come."""
-        log.debug("agent_away", agent=agent, reason=reason)  # the rounds' core takes it from here
-
     async def drain(self) -> None:
         """Opens no new rounds; returns when none is in flight."""
         self.handle(DrainRequested())
