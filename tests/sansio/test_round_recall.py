@@ -69,12 +69,13 @@ def test_its_truth_goes_to_those_it_asked_and_to_the_learner_once() -> None:
 def test_a_reply_to_it_is_a_duplicate_or_of_one_not_asked_whether_or_not_the_truth_came() -> None:
     book = recall(close_earlier())
     for _ in range(2):
-        assert [book.handle(make_reply(agent), 1.0) for agent in "abczx"] == [
-            [NoteStray(kind, 1, agent)]  # type: ignore[arg-type]
-            for agent, kind in zip("abczx", ["duplicate"] * 3 + ["not-asked"] * 2, strict=True)
-        ]
+        for attempt in (1, 2):
+            assert [book.handle(make_reply(agent, attempt=attempt), 1.0) for agent in "abczx"] == [
+                [NoteStray(kind, 1, agent)]  # type: ignore[arg-type]
+                for agent, kind in zip("abczx", ["duplicate"] * 3 + ["not-asked"] * 2, strict=True)
+            ]
         book.handle(TruthRevealed(8, 1, b"truth"), 1.0)
-    assert book.stray_counts == {"duplicate": 6, "not-asked": 4}
+    assert book.stray_counts == {"duplicate": 12, "not-asked": 8}
     assert (book.held_bytes, book.in_flight_of("a")) == (0, 0)
 
 

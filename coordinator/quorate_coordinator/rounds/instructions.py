@@ -10,8 +10,8 @@ from quorate_coordinator.rounds.policy import ResolvedPolicy
 from quorate_protocol.messages import RoundState, Status
 
 #: Why a reply did not count: `unknown` (no such round, or not remembered any more), `not-asked` (an
-#: agent that the round did not ask), `wrong-attempt`, `duplicate` (its agent had answered), `late` (its
-#: agent's part had ended without an answer).
+#: agent that the round did not ask), `duplicate` (its agent had answered), `wrong-attempt` (it had not, and
+#: was asked under another number), `late` (its agent's part had ended without an answer).
 StrayKind = Literal["unknown", "not-asked", "wrong-attempt", "duplicate", "late"]
 
 #: As in the wire's `error` message.

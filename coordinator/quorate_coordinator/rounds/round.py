@@ -243,7 +243,7 @@ class Round:
         place = bisect_left(self._asked, event.agent)
         if self._asked[place : place + 1] != (event.agent,) or not self._was_asked(event.agent):
             return "not-asked"
-        return "wrong-attempt" if event.attempt != self._attempts.get(event.agent, 1) else "duplicate"
+        return "wrong-attempt" if event.agent in self._owing else "duplicate"
 
     def _reach(self, agent: str, now: float) -> list[Instruction]:
         """The agent has a link: it is given what it owes."""
