@@ -31,10 +31,12 @@ CLOSE_TIMEOUT_S: Final = 5.0
 class Recording:
     """A journal that is open for writing, and what it said at the start."""
 
-    def __init__(self, journal: Journal, reader: JournalReader, recovered: Recovered) -> None:
+    def __init__(self, journal: Journal, reader: JournalReader, recovered: Recovered, first_seq: int) -> None:
         """See `open`."""
         self.recovered: Final = recovered
         self.journal: Final = journal
+        #: Number of the first record of this run.
+        self.first_seq: Final = first_seq
         self._reader = reader
 
     @classmethod
@@ -57,6 +59,7 @@ class Recording:
             return None
         began_at = time.monotonic()
         journal = Journal.open(settings.state_dir / JOURNAL_NAME, sync=settings.journal.sync)
+        first_seq = journal.last_seq + 1
         try:
             reader = JournalReader(journal.file)
             recovered = recover(reader, make_learner, restore_learner, remembered_max=settings.rounds.remembered_max)
@@ -74,7 +77,13 @@ class Recording:
             interrupted=len(recovered.cut_off),
             seconds=round(time.monotonic() - began_at, 3),
         )
-        return cls(journal, reader, recovered)
+        return cls(journal, reader, recovered, first_seq)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the journal and of its write-ahead log."""
+        files = (self.journal.file, self.journal.file.with_name(self.journal.file.name + "-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
 
     # --- what the gatherer needs ---
 

@@ -147,6 +147,7 @@ class Coordinator:
             ),
             numbers=numbers,
             first_round=numbers.first if recovered is None else max(numbers.first, recovered.next_round),
+            first_seq=1 if recording is None else recording.first_seq,
             checkpoint_rounds=settings.journal.checkpoint_rounds,
             observe_duration=self.metrics.observe_duration,
         )
@@ -182,6 +183,7 @@ class Coordinator:
                 started_at_unix_s=self.started_at_unix_s,
                 fleet=self._fleet,
                 gatherer=self._gatherer,
+                recording=recording,
                 operators=self._operators,
                 server=self._server.stats,
                 handshakes_total=self._handshakes_total,
