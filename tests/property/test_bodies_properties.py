@@ -113,10 +113,26 @@ packed_values = st.recursive(
 )
 
 
+#: Bytes that hold what looks like an array, before others that make a good body of what is left when it is cut out.
+_DECOY = array_32("|u1", [20], bytes(20))
+READS_EITHER_WAY = packed_list([msgpack.packb(_DECOY), msgpack.packb(b"\x01" * (len(_DECOY) - 11))])
+
+
+def test_the_body_that_reads_either_way_does() -> None:
+    decoded = decode_body(READS_EITHER_WAY)
+    assert [type(item) for item in decoded] == [bytes, bytes]
+    without = READS_EITHER_WAY.replace(_DECOY, b"\xd7\x01\xff0000000")
+    assert decode_body(without)[1] == 1
+
+
 @given(data=packed_values | st.lists(packed_values | tricks, max_size=8).map(b"".join) | st.binary(max_size=80))
 @example(array_32("|u1", [12], b"\xff0000000abcd") + b"\xc0")
 @example(packed_list([msgpack.packb(b"x" + array_32("|u1", [4], b"abcd") + b"y"), array_32("|u1", [1], b"z")]))
 @example(packed_list([msgpack.packb(b"\xff0000000"), array_32("|u1", [4], b"abcd")]))
+@example(packed_list([b"\xd7\x01\xff0000000", array_32("|u1", [4], b"abcd")]))
+@example(READS_EITHER_WAY)
+@example(ext_32(b"\x93\xa3|u1\x91\x04\xc6\x00\x00\x00\x03abcd"))
+@example(ext_32(b"\x93\xa3|u1\x91\x04\xc6\x00\x00\x00\x05abcd"))
 @example(packed_map([array_32("|u1", [4], b"abcd"), b"\xc0"]))
 @example(packed_map([b"\xa1a", array_32("|u1", [1], b"a"), b"\xa1a", array_32("|u1", [1], b"b")]))
 def test_views_and_copies_are_the_same_for_any_bytes(data: bytes) -> None:
