@@ -41,6 +41,9 @@ Status = Literal["replied", "declined", "failed", "late", "lost", "cancelled", "
 #: How a round ends.
 RoundState = Literal["complete", "quorate", "expired", "failed", "cancelled", "interrupted"]
 
+#: Messages that have bodies.
+BulkOf = Literal["assignment", "feedback", "reply", "ask", "reveal", "outcome"]
+
 #: The payload of a heartbeat datagram: the map `{"type": "pulse"}`, without a frame's length.
 PULSE: Final = b"\x81\xa4type\xa5pulse"
 
@@ -282,7 +285,7 @@ class Bulk(Message, type="bulk"):
     """First frame of a bulk stream; so many raw bytes, one body, follow it. A message refers to them."""
 
     #: Type of the message that does.
-    of: Literal["assignment", "feedback", "reply", "ask", "reveal", "outcome"]
+    of: BulkOf
     #: The round it belongs to; 0 with `ask`, whose round has no number yet.
     round: Annotated[int, Field(ge=0)] = 0
     #: Bytes.
