@@ -369,30 +369,33 @@ class BlobWriter:
         await self._wait_written()
         batch, self._bytes, self._spare = memoryview(self._bytes)[: self._filled], self._spare, self._bytes
         self._filled = 0
-        self._writing = asyncio.get_running_loop().run_in_executor(None, self._spool, batch, self._share)
+        self._writing = asyncio.get_running_loop().run_in_executor(None, self._spool, batch)
 
     async def _wait_written(self) -> None:
         if self._writing is not None:
             await self._writing
             self._writing = None
 
-    def _spool(self, batch: memoryview, share: object) -> None:
+    def _spool(self, batch: memoryview) -> None:
         """In a thread, one call at a time."""
+        file = self._file
         try:
             if self._is_closed:
                 return
-            file = self._file
             if file is None:
-                file = _SpoolFile(self._store.spool_dir, share)
+                file = _SpoolFile(self._store.spool_dir, self._share)
                 if not self._is_closed:
                     self._file = file
             self._hasher.update(batch)
             file.append(batch)
         except OSError as error:
             problem = error.strerror or str(error)
-            raise SpoolFailed(self._store.spool_dir, self._size_bytes, problem) from error
+            # Without its frames: they hold the file, which must not live as long as what is raised.
+            cause = error.with_traceback(None)
+            raise SpoolFailed(self._store.spool_dir, self._size_bytes, problem) from cause
         finally:
             batch.release()
+            del file  # likewise
 
 
 def _read_parts(parts: tuple[memoryview, ...], offset: int, count: int) -> memoryview:
