@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import pytest
 
-from links import noise, until
+from links import noise, open_files, until
 from quorate_protocol import blobs
 from quorate_protocol.blobs import SPOOL_BYTES, Blob, BlobBudget, BlobStore, BlobWriter, blob_of, make_blob
 from quorate_protocol.bodies import decode_body, encode_body, encode_body_parts
@@ -30,17 +30,6 @@ from quorate_protocol.errors import (
 
 #: Bodies of more bytes are spooled here, so that the tests need no large ones.
 SPOOL_OVER = 1000
-
-
-def open_files() -> list[str]:
-    """What the descriptors of this process lead to, deleted files among them."""
-    targets = []
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            targets.append(str(link.readlink()))
-        except FileNotFoundError:
-            continue  # the one of the listing itself
-    return targets
 
 
 @pytest.fixture
