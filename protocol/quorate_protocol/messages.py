@@ -6,12 +6,12 @@ and `vectors/` has each message as bytes.
 """
 
 from functools import cache
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from quorate_protocol.bodies import decode_body
-from quorate_protocol.errors import MessageInvalid, UnknownType
+from quorate_protocol.errors import LocalError, MessageInvalid, UnknownType
 from quorate_protocol.frames import encode_frame
 from quorate_protocol.limits import BODY_BYTES_MAX, LABELS_MAX, NAME_BYTES_MAX, TASKS_MAX, TEXT_CHARS_MAX
 
@@ -22,6 +22,13 @@ Name = Annotated[
 ]
 Text = Annotated[str, StringConstraints(max_length=TEXT_CHARS_MAX)]
 Body = Annotated[bytes, Field(max_length=BODY_BYTES_MAX)]
+if TYPE_CHECKING:
+    # None where `bulk` stands in its place. Plain bytes to the type checker as long as no end looks at `bulk`.
+    InlineBody = Body
+else:
+    InlineBody = Body | None
+#: SHA-256.
+Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 RoundId = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
@@ -35,6 +42,9 @@ Status = Literal["replied", "declined", "failed", "late", "lost", "cancelled", "
 
 #: How a round ends.
 RoundState = Literal["complete", "quorate", "expired", "failed", "cancelled", "interrupted"]
+
+#: Messages that have bodies.
+BulkOf = Literal["assignment", "feedback", "reply", "ask", "reveal", "outcome"]
 
 #: The payload of a heartbeat datagram: the map `{"type": "pulse"}`, without a frame's length.
 PULSE: Final = b"\x81\xa4type\xa5pulse"
@@ -92,6 +102,26 @@ def parse_message(raw: dict[str, Any]) -> Message:
 def clip_text(text: str) -> str:
     """`text`, shortened to what may travel as a reason or an error."""
     return text if len(text) <= TEXT_CHARS_MAX else text[: TEXT_CHARS_MAX - 1] + "…"
+
+
+def _check_one(model: "Message | AgentResult", key: str, bulk: "BodyRef | None", *, required: bool = False) -> None:
+    """Raises ValueError unless there is one of a body and a reference to one, or none where that is allowed."""
+    body = getattr(model, key)
+    if body is not None and bulk is not None:
+        raise ValueError(f"both {key} and bulk are given, only one of them may be")
+    if required and body is None and bulk is None:
+        raise ValueError(f"neither {key} nor bulk is given, one of them must be")
+
+
+def _unpack(body: bytes | None, bulk: "BodyRef | None") -> Any:
+    """The value of a body; None without one.
+
+    Raises:
+        LocalError: it travels on a stream of its own.
+    """
+    if bulk is not None:
+        raise LocalError(f"the body of {bulk.size} bytes is not in the message but on a stream of its own")
+    return None if body is None else decode_body(body)
 
 
 @cache
@@ -191,6 +221,16 @@ class Goodbye(Message, type="goodbye"):
     reason: Text = ""
 
 
+class BodyRef(BaseModel):
+    """Stands in place of a body that travels on a stream of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    #: Bytes.
+    size: Annotated[int, Field(ge=0)]
+    digest: Digest
+
+
 # --- coordination stream -------------------------------------------------------------------------
 
 
@@ -205,10 +245,17 @@ class Assignment(Message, type="assignment"):
 
     round: RoundId
     task: Name
-    body: Body
+    #: This, or `bulk` where it is too large to be inline.
+    body: InlineBody = None  # type: ignore[assignment]
+    bulk: BodyRef | None = None
     attempt: Attempt = 1
     #: Time left until the round's hard end when this was encoded.
     deadline_s: PositiveSeconds
+
+    @model_validator(mode="after")
+    def _one_body(self) -> Self:
+        _check_one(self, "body", self.bulk, required=True)
+        return self
 
 
 class Cancellation(Message, type="cancellation"):
@@ -223,7 +270,14 @@ class Feedback(Message, type="feedback"):
 
     round: RoundId
     task: Name
-    truth: Body
+    #: This, or `bulk` where it is too large to be inline.
+    truth: InlineBody = None  # type: ignore[assignment]
+    bulk: BodyRef | None = None
+
+    @model_validator(mode="after")
+    def _one_truth(self) -> Self:
+        _check_one(self, "truth", self.bulk, required=True)
+        return self
 
 
 class Reply(Message, type="reply"):
@@ -232,14 +286,40 @@ class Reply(Message, type="reply"):
     round: RoundId
     attempt: Attempt = 1
     status: Literal["replied", "declined", "failed"] = "replied"
-    #: With `replied`.
+    #: With `replied`: this, or `bulk` where it is too large to be inline.
     body: Body | None = None
+    bulk: BodyRef | None = None
     #: With `declined` and `failed`: what to tell the operator.
     error: Text = ""
     #: Time the task's handler ran.
     compute_s: Seconds = 0.0
     #: Time the assignment waited at the agent because other handlers ran (earlier feedback, say).
     waited_s: Seconds = 0.0
+
+    @model_validator(mode="after")
+    def _one_body(self) -> Self:
+        _check_one(self, "body", self.bulk)
+        return self
+
+
+# --- bulk streams --------------------------------------------------------------------------------
+
+
+class Bulk(Message, type="bulk"):
+    """First frame of a bulk stream; so many raw bytes, one body, follow it. A message refers to them."""
+
+    #: Type of the message that does.
+    of: BulkOf
+    #: The round it belongs to; 0 with `ask`, whose round has no number yet.
+    round: Annotated[int, Field(ge=0)] = 0
+    #: Bytes.
+    size: Annotated[int, Field(ge=0)]
+    digest: Digest
+
+    @property
+    def ref(self) -> BodyRef:
+        """What the message holds in place of the body."""
+        return BodyRef(size=self.size, digest=self.digest)
 
 
 # --- call streams --------------------------------------------------------------------------------
@@ -249,7 +329,9 @@ class Ask(Message, type="ask"):
     """Open a round. Answered by `outcome` or `error`; where it is streamed, `opened` and `part`s go before."""
 
     task: Name
-    body: Body
+    #: This, or `bulk` where it is too large to be inline.
+    body: InlineBody = None  # type: ignore[assignment]
+    bulk: BodyRef | None = None
     #: Replies needed, as a count or as a share of the selected agents (rounded up); not both.
     quorum: Annotated[int, Field(ge=1)] | None = None
     quorum_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -265,6 +347,11 @@ class Ask(Message, type="ask"):
     key: Name | None = None
     #: Whether the end of each agent's part is to be told as it comes.
     stream: bool = False
+
+    @model_validator(mode="after")
+    def _one_body(self) -> Self:
+        _check_one(self, "body", self.bulk, required=True)
+        return self
 
 
 class Opened(Message, type="opened"):
@@ -285,7 +372,9 @@ class AgentResult(BaseModel):
 
     agent: Name
     status: Status
+    #: This, or `bulk`, where there is one.
     body: Body | None = None
+    bulk: BodyRef | None = None
     error: Text = ""
     #: From sending the assignment to receiving the reply, at the coordinator.
     latency_s: Seconds | None = None
@@ -294,10 +383,15 @@ class AgentResult(BaseModel):
     #: The learner's weight when the answer was combined.
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
+    @model_validator(mode="after")
+    def _one_body(self) -> Self:
+        _check_one(self, "body", self.bulk)
+        return self
+
     @property
     def value(self) -> Any:
         """The unpacked body; None without one."""
-        return None if self.body is None else decode_body(self.body)
+        return _unpack(self.body, self.bulk)
 
 
 class Part(Message, type="part"):
@@ -314,8 +408,9 @@ class Outcome(Message, type="outcome"):
     task: Name
     state: RoundState
     quorum: Annotated[int, Field(ge=1)]
-    #: The combined answer; None unless quorum was met.
+    #: The combined answer: this, or `bulk` where it is too large to be inline; neither unless quorum was met.
     answer: Body | None = None
+    bulk: BodyRef | None = None
     #: Share of the weight of all who replied that stands behind the answer.
     support: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     #: Sorted by agent.
@@ -325,17 +420,29 @@ class Outcome(Message, type="outcome"):
     #: With a state other than complete and quorate: what went wrong.
     reason: Text = ""
 
+    @model_validator(mode="after")
+    def _one_answer(self) -> Self:
+        _check_one(self, "answer", self.bulk)
+        return self
+
     @property
     def value(self) -> Any:
         """The unpacked answer; None without one."""
-        return None if self.answer is None else decode_body(self.answer)
+        return _unpack(self.answer, self.bulk)
 
 
 class Reveal(Message, type="reveal"):
     """Tell the truth of a round. Answered by `revealed` or `error`."""
 
     round: RoundId
-    truth: Body
+    #: This, or `bulk` where it is too large to be inline.
+    truth: InlineBody = None  # type: ignore[assignment]
+    bulk: BodyRef | None = None
+
+    @model_validator(mode="after")
+    def _one_truth(self) -> Self:
+        _check_one(self, "truth", self.bulk, required=True)
+        return self
 
 
 class Revealed(Message, type="revealed"):

@@ -22,10 +22,10 @@ ROOTS = {
 #: The floors of quorate_protocol, ground first. A module imports from floors below its own, and a package from itself.
 FLOORS: list[set[str]] = [
     {"", "limits", "errors", "state_dir"},
-    {"frames", "bodies", "credentials", "logs"},
+    {"frames", "bodies", "blobs", "credentials", "logs"},
     {"messages"},
     {"transport"},
-    {"channel"},
+    {"channel", "bulk"},
     {"client"},
 ]
 

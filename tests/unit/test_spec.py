@@ -22,6 +22,8 @@ from quorate_protocol.messages import (
     AgentInfo,
     AgentResult,
     Body,
+    BodyRef,
+    Digest,
     Name,
     PositiveSeconds,
     Resume,
@@ -40,6 +42,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "resume": Resume,
     "result": AgentResult,
     "agent": AgentInfo,
+    "reference": BodyRef,
 }
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -55,6 +58,8 @@ TYPES: dict[str, Any] = {
     "attempts": Annotated[int, Field(ge=1, le=100)],
     "result": AgentResult,
     "count": Annotated[int, Field(ge=0)],
+    "digest": Digest,
+    "reference": BodyRef,
     "quorum": Annotated[int, Field(ge=1)],
     "seconds": Seconds,
     "seconds > 0": PositiveSeconds,
@@ -164,6 +169,9 @@ def test_ceilings_of_lists_and_maps() -> None:
 def test_the_ceilings_in_the_table_of_types() -> None:
     said = {row[0].strip("`"): row[2] for row in rows(section("Types in the tables"), 3)}
     assert f"at most {BODY_BYTES_MAX:,} bytes" in said["body"]
+    assert f"A body over {BODY_BYTES_MAX:,} bytes" in section("7. Bodies")
+    assert f"is {limits.BULK_BYTES_MAX:,} bytes by default" in section("7. Bodies")
+    assert f"at most {limits.BULK_HEADER_BYTES_MAX:,} bytes" in section("4. Streams")
     assert f"1 to {limits.NAME_BYTES_MAX} characters" in said["name"]
     assert f"at most {limits.TEXT_CHARS_MAX} Unicode code points" in said["text"]
     used = {
