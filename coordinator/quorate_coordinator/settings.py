@@ -31,6 +31,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from quorate_protocol.errors import ConfigurationError
+from quorate_protocol.messages import Name
 from quorate_protocol.state_dir import default_state_dir, expand_home
 from quorate_protocol.transport.address import MEMORY_PREFIX, parse_listen_address, parse_memory_name
 
@@ -62,6 +63,18 @@ Seconds = Annotated[float, Field(ge=0, le=_SECONDS_MAX, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=_SECONDS_MAX, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_none_if_empty)]
+
+
+def _split_map(value: object) -> object:
+    # A variable holds a map as `a=x, b=y`.
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise PydanticCustomError(
+            "map", "must be NAME=VALUE, NAME=VALUE: {wrong} has no =", {"wrong": wrong[0].strip()}
+        )
+    return {key.strip(): text.strip() for key, _, text in pairs}
 
 
 class _Section(BaseModel):
@@ -220,6 +233,11 @@ class Settings(BaseSettings):
         default_factory=lambda: default_state_dir(os.environ),
         description="Directory of what must last: development certificates, token. "
         "Unset: systemd's, else ~/.local/share/quorate.",
+    )
+    consumers: Annotated[dict[Name, str], BeforeValidator(_split_map)] = Field(
+        default_factory=dict,
+        description="Who takes the streams that agents open of their own: topic to MODULE:FUNCTION or "
+        "FILE.py:FUNCTION.",
     )
     tls: TlsSettings = TlsSettings()
     auth: AuthSettings = AuthSettings()

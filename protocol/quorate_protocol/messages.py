@@ -322,6 +322,30 @@ class Bulk(Message, type="bulk"):
         return BodyRef(size=self.size, digest=self.digest)
 
 
+# --- streams of an agent's own ---------------------------------------------------------------------
+
+
+class Modality(Message, type="modality"):
+    """First frame of a unidirectional stream with data of an agent's own: audio, video, sensors. Raw bytes follow."""
+
+    #: Names who takes it at the coordinator.
+    topic: Name
+    #: The round that it is about; 0 is none.
+    round: Annotated[int, Field(ge=0)] = 0
+
+
+class Telemetry(Message, type="telemetry"):
+    """First frame of a unidirectional stream of experiences for the learner. `experience` frames follow."""
+
+    topic: Name
+
+
+class ExperienceTold(Message, type="experience"):
+    """One experience, on a telemetry stream."""
+
+    body: Body
+
+
 # --- call streams --------------------------------------------------------------------------------
 
 
