@@ -28,6 +28,7 @@ from journal_making import (
     write_journal,
 )
 from quorate_coordinator.journal import writer
+from quorate_coordinator.journal.database import Sync
 from quorate_coordinator.journal.errors import JournalDamaged, JournalInUse, JournalUnusable, RecordInvalid
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.verify import verify
@@ -126,6 +127,14 @@ def test_only_its_owner_can_read_it(file: Path) -> None:
     file.chmod(0o644)
     Journal.open(file).close(0)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("sync", "level"), [("full", 2), ("normal", 1)])
+def test_how_lasting_a_commit_is(file: Path, sync: Sync, level: int) -> None:
+    journal = Journal.open(file, sync=sync)
+    assert journal._connection.execute("PRAGMA synchronous").fetchone() == (level,)
+    assert journal._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    journal.close(0)
 
 
 def test_one_writer_at_a_time(file: Path) -> None:
