@@ -11,7 +11,7 @@ transport has acknowledged.
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final, assert_never
 
 import structlog
@@ -38,6 +38,7 @@ from quorate_coordinator.membership import (
 )
 from quorate_coordinator.registry import Registry
 from quorate_coordinator.serving import first_of, refuse_streams
+from quorate_coordinator.uni_streams import serve_uni_streams
 from quorate_protocol import __version__
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import (
@@ -48,8 +49,8 @@ from quorate_protocol.errors import (
     Refused,
     UnexpectedMessage,
 )
-from quorate_protocol.messages import CoordinationOpened, Drain, Goodbye, Hello, Reply, Welcome, clip_text
-from quorate_protocol.transport import Connection
+from quorate_protocol.messages import CoordinationOpened, Drain, Goodbye, Hello, Message, Reply, Welcome, clip_text
+from quorate_protocol.transport import Connection, ReceiveStream
 
 log = structlog.get_logger()
 
@@ -78,8 +79,8 @@ class Fleet:
         on_reply: Takes each reply, with its agent.
         on_reachable: Called when an agent's coordination stream is there: with each link, the first and every later
             one. What it sends follows what the last link did not deliver.
-        on_away: Called when an agent's link is gone and its session is not, with the reason.
         on_lost: Called when a session is over, with the reason.
+        serve_stream: Serves what an agent sends on a unidirectional stream, given its first message.
         handshakes_total: Counted on: hellos by how they ended.
         protocol_errors_total: Counted on: errors of peers by their code's name.
     """
@@ -92,8 +93,8 @@ class Fleet:
         open_timeout_s: float,
         on_reply: Callable[[str, Reply], None],
         on_reachable: Callable[[str], None],
-        on_away: Callable[[str, str], None],
         on_lost: Callable[[str, str], None],
+        serve_stream: Callable[[str, Message, ReceiveStream], Awaitable[None]],
         handshakes_total: Counter[str],
         protocol_errors_total: Counter[str],
     ) -> None:
@@ -106,8 +107,8 @@ class Fleet:
         self._open_timeout_s = open_timeout_s
         self._on_reply = on_reply
         self._on_reachable = on_reachable
-        self._on_away = on_away
         self._on_lost = on_lost
+        self._serve_stream = serve_stream
         self._handshakes_total = handshakes_total
         self._protocol_errors_total = protocol_errors_total
         self._loop = asyncio.get_running_loop()
@@ -265,7 +266,7 @@ class Fleet:
                 self._read_control(link, member, replies),
                 self._await_goodbye(link, member, replies),
                 self._read_pulses(link),
-                self._refuse_uni_streams(link),
+                self._serve_uni_streams(link),
                 self._refuse_bi_streams(link),
             )
         except ProtocolError as error:
@@ -389,8 +390,16 @@ class Fleet:
         while True:
             await link.connection.datagrams.receive()
 
-    async def _refuse_uni_streams(self, link: AgentLink) -> str:
-        return await refuse_streams(link.connection.accept_uni_stream, _SURPLUS, on_refused=self._count_surplus)
+    async def _serve_uni_streams(self, link: AgentLink) -> str:
+        return await serve_uni_streams(
+            link.connection,
+            lambda message, stream: self._serve_stream(link.agent, message, stream),
+            lambda error: self._count_fault(link, error),
+        )
+
+    def _count_fault(self, link: AgentLink, error: ProtocolError) -> None:
+        self._protocol_errors_total[error.code.name] += 1
+        log.warning("stream_broke_protocol", agent=link.agent, problem=str(error))
 
     async def _refuse_bi_streams(self, link: AgentLink) -> str:
         await link.has_opened.wait()
@@ -434,7 +443,6 @@ class Fleet:
             case DeclareAway(agent, _, reason):
                 log.warning("agent_away", agent=agent, reason=reason)
                 self._members[agent].link = None
-                self._on_away(agent, reason)
             case DeclareReturned(agent, _):
                 log.info("agent_returned", agent=agent)
             case DeclareLost(agent, _, reason):

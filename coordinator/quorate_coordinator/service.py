@@ -25,6 +25,7 @@ from quorate_coordinator.learner.fixed_share import LEARNING_RATE, SHARE
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.ledger import Ledger
 from quorate_coordinator.metrics import Metrics, Sources
+from quorate_coordinator.modalities import Modalities, load_consumers
 from quorate_coordinator.operators import Operators
 from quorate_coordinator.recording import Recording
 from quorate_coordinator.round_numbers import RoundNumbers
@@ -46,11 +47,12 @@ from quorate_protocol.errors import (
     QuorateError,
     Refused,
     ServerClosed,
+    UnexpectedMessage,
 )
 from quorate_protocol.limits import FRAME_BYTES_MAX, HELLO_BYTES_MAX
-from quorate_protocol.messages import AgentInfo, Hello, Refusal
+from quorate_protocol.messages import AgentInfo, Hello, Message, Modality, Refusal, Telemetry
 from quorate_protocol.messages import Fleet as FleetListing
-from quorate_protocol.transport import ClientTls, Connection, Server, ServerTls, listen
+from quorate_protocol.transport import ClientTls, Connection, ReceiveStream, Server, ServerTls, listen
 from quorate_protocol.transport.address import MEMORY_PREFIX, join_host_port
 
 log = structlog.get_logger()
@@ -91,6 +93,8 @@ class Coordinator:
         self.settings: Final = settings
         self.metrics: Final = Metrics()
         self.started_at_unix_s = time.time()
+        #: Who takes what agents send on streams of their own; `register` more before `start`, or any time.
+        self.modalities: Final = Modalities(lambda experience: self._gatherer.experience(experience))
         self._given_learner = learner
         self._recording: Recording | None = None
         self._server: Server | None = None
@@ -115,6 +119,8 @@ class Coordinator:
             ConfigurationError: an address is taken, a file cannot be read.
         """
         settings = self.settings
+        for topic, consumer in load_consumers(settings.consumers).items():
+            self.modalities.register(topic, consumer)
         tls, self._token, development = _credentials(settings)
         if development is not None:
             self._client_tls = ClientTls(development.ca_file)
@@ -125,8 +131,8 @@ class Coordinator:
             open_timeout_s=sessions.hello_timeout_s,
             on_reply=lambda agent, reply: self._gatherer.reply_received(agent, reply),
             on_reachable=lambda agent: self._gatherer.agent_reachable(agent),
-            on_away=lambda agent, reason: None,
             on_lost=lambda agent, reason: self._gatherer.agent_lost(agent, reason),
+            serve_stream=self._serve_stream,
             handshakes_total=self._handshakes_total,
             protocol_errors_total=self._protocol_errors_total,
         )
@@ -299,6 +305,11 @@ class Coordinator:
     def is_ready(self) -> bool:
         """Whether rounds are taken."""
         return self._server is not None and not self._is_draining
+
+    async def _serve_stream(self, agent: str, header: Message, stream: ReceiveStream) -> None:
+        if not isinstance(header, Modality | Telemetry):
+            raise UnexpectedMessage(header.wire_type, "on a unidirectional stream")
+        await self.modalities.serve(agent, header, stream)
 
     def _drain_agent(self, agent: str, reason: str) -> None:
         if not self._fleet.drain(agent, reason):
