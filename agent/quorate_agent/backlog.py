@@ -25,8 +25,9 @@ class BacklogLimits:
     #: pulses, when those that were delivered are forgotten, a fast agent makes some thousands: the oldest
     #: of them have long arrived.
     replies_max: int = 4096
-    #: Bytes of those replies: as many as may wait to be sent (`session.UNSENT_BYTES_MAX`).
-    replies_bytes_max: int = 64 << 20
+    #: Bytes of those replies: half of what may wait to be sent (`session.UNSENT_BYTES_MAX`), so that sending
+    #: all of them at once does not look like a coordinator that does not read.
+    replies_bytes_max: int = 32 << 20
 
 
 @dataclass(slots=True)

@@ -286,7 +286,7 @@ class Fleet:
             raise unread
         if fault is not None:
             # One that resumed and did not get as far as its stream may have lost its link again.
-            link.ends_session = link.resumed_after is None or link.has_opened.is_set()
+            link.ends_session |= link.resumed_after is None or link.has_opened.is_set()
             raise fault
         return reason
 

@@ -124,7 +124,6 @@ async def test_an_answer_arrives_although_the_link_died_under_its_handler(cut: C
             assert (await client.ask("slow", 2)).value == 2
 
 
-@pytest.mark.xfail(strict=False, reason="assignments are delivered again once the round book knows of reachable agents")
 async def test_an_assignment_that_the_link_lost_is_delivered_again(cut: Cut) -> None:
     async with await cut.client() as client:
         cut.relay.is_cut = True

@@ -8,6 +8,7 @@ from quorate_agent import events as ev
 from quorate_agent.backlog import BacklogLimits
 from quorate_agent.core import AgentCore
 from quorate_agent.reply_log import ReplyLog
+from quorate_agent.session import UNSENT_BYTES_MAX
 from quorate_agent.states import State
 
 T = TypeVar("T", bound=ev.Instruction)
@@ -449,3 +450,9 @@ def test_a_coordinator_that_drains_and_breaks_off_is_come_back_to() -> None:
     core.handle(ev.HandlerReturned(work, b"a"), 0.0)
     assert replies(come_back(core, received=0)) == [(1, 1)]
     assert core.state is State.ACTIVE
+
+
+def test_all_that_is_kept_may_be_sent_again_at_once() -> None:
+    """Beyond the ceiling of what waits to be sent, a session takes its coordinator for one that does not read."""
+    limits = BacklogLimits()
+    assert limits.replies_bytes_max + limits.replies_max * 1024 < UNSENT_BYTES_MAX
