@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 from quorate_protocol.blobs import CHUNK_BYTES, Blob, BlobStore
 from quorate_protocol.errors import (
@@ -34,9 +35,13 @@ from quorate_protocol.errors import (
 from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import BULK_HEADER_BYTES_MAX, FRAME_PREFIX_BYTES
 from quorate_protocol.messages import BodyRef, Bulk, BulkOf, Message, parse_message
-from quorate_protocol.transport.api import Connection, Priority, ReceiveStream
+from quorate_protocol.pace import SHARE_BYTES_MIN, Pace
+from quorate_protocol.transport.api import Connection, Priority, ReceiveStream, SendStream
 
 T = TypeVar("T")
+
+#: Of each connection that has sent a body.
+_paces: WeakKeyDictionary[Connection, Pace] = WeakKeyDictionary()
 
 #: Seconds that the first frame of a stream may take.
 HEADER_TIMEOUT_S: Final = 10.0
@@ -76,11 +81,13 @@ async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priorit
     assert (header.size, header.digest) == (blob.size_bytes, blob.digest), "the header is another body's"
     chunks = blob.chunks()
     stream = await connection.open_uni_stream(priority)
+    pace = _paces.setdefault(connection, Pace())
+    pace.begin(asyncio.get_running_loop().time())
     try:
         await stream.send(header.to_frame())
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
-                await stream.send(chunk)
+                await _send_at_pace(connection, stream, memoryview(chunk), pace)
         await stream.finish()
         await stream.flush()
     except OSError:
@@ -89,6 +96,19 @@ async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priorit
     except BaseException:
         stream.reset(Code.CANCELLED)
         raise
+    finally:
+        pace.end()
+
+
+async def _send_at_pace(connection: Connection, stream: SendStream, chunk: memoryview, pace: Pace) -> None:
+    loop = asyncio.get_running_loop()
+    for at in range(0, len(chunk), SHARE_BYTES_MIN):
+        before_bytes = stream.unsent_bytes
+        await stream.flush(pace.share_bytes - SHARE_BYTES_MIN)
+        part = chunk[at : at + SHARE_BYTES_MIN]
+        acknowledged_bytes = before_bytes - stream.unsent_bytes
+        await stream.send(part)
+        pace.acknowledged(acknowledged_bytes, loop.time(), connection.stats.rtt_least_s)
 
 
 async def read_header(stream: ReceiveStream) -> Message:
