@@ -13,7 +13,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
@@ -36,7 +36,7 @@ from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import BULK_HEADER_BYTES_MAX, FRAME_PREFIX_BYTES
 from quorate_protocol.messages import BodyRef, Bulk, BulkOf, Message, parse_message
 from quorate_protocol.pace import SHARE_BYTES_MIN, Pace
-from quorate_protocol.transport.api import Connection, Priority, ReceiveStream, SendStream
+from quorate_protocol.transport.api import Buffer, Connection, Priority, ReceiveStream, SendStream
 
 T = TypeVar("T")
 
@@ -79,15 +79,13 @@ async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priorit
         OSError: the spooled file cannot be read.
     """
     assert (header.size, header.digest) == (blob.size_bytes, blob.digest), "the header is another body's"
-    chunks = blob.chunks()
     stream = await connection.open_uni_stream(priority)
     pace = _paces.setdefault(connection, Pace())
     pace.begin(asyncio.get_running_loop().time())
     try:
-        await stream.send(header.to_frame())
-        async with contextlib.aclosing(chunks):
-            async for chunk in chunks:
-                await _send_at_pace(connection, stream, memoryview(chunk), pace)
+        frame = header.to_frame()
+        await stream.send(frame)
+        await _send_at_pace(connection, stream, blob, pace, sent_bytes=len(frame))
         await stream.finish()
         await stream.flush()
     except OSError:
@@ -100,15 +98,25 @@ async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priorit
         pace.end()
 
 
-async def _send_at_pace(connection: Connection, stream: SendStream, chunk: memoryview, pace: Pace) -> None:
+async def _send_at_pace(connection: Connection, stream: SendStream, blob: Blob, pace: Pace, *, sent_bytes: int) -> None:
+    """Sends a body, no faster than the path carries it; `sent_bytes` were sent before."""
     loop = asyncio.get_running_loop()
-    for at in range(0, len(chunk), SHARE_BYTES_MIN):
-        before_bytes = stream.unsent_bytes
-        await stream.flush(pace.share_bytes - SHARE_BYTES_MIN)
-        part = chunk[at : at + SHARE_BYTES_MIN]
-        acknowledged_bytes = before_bytes - stream.unsent_bytes
-        await stream.send(part)
-        pace.acknowledged(acknowledged_bytes, loop.time(), connection.stats.rtt_least_s)
+    arrived_bytes = 0
+    async with contextlib.aclosing(blob.chunks()) as chunks:
+        async for chunk in chunks:
+            for part in _split(chunk, SHARE_BYTES_MIN):
+                await stream.flush(pace.share_bytes - len(part))
+                more_bytes = sent_bytes - stream.unsent_bytes - arrived_bytes
+                pace.acknowledged(more_bytes, loop.time(), connection.stats.rtt_least_s)
+                arrived_bytes += more_bytes
+                await stream.send(part)
+                sent_bytes += len(part)
+
+
+def _split(chunk: Buffer, part_bytes: int) -> Iterator[memoryview]:
+    view = memoryview(chunk)
+    for at in range(0, len(view), part_bytes):
+        yield view[at : at + part_bytes]
 
 
 async def read_header(stream: ReceiveStream) -> Message:
