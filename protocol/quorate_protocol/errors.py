@@ -55,6 +55,7 @@ class Code(IntEnum):
     CANCELLED = 0x0C
     BUSY = 0x0D
     BODY_INVALID = 0x0E
+    NOT_WANTED = 0x0F
 
 
 class QuorateError(Exception):

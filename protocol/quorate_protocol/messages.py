@@ -30,7 +30,9 @@ else:
 #: SHA-256.
 Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 RoundId = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
+Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
+Attempt = Annotated[int, Field(ge=1, le=1000)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86_400 * 365, allow_inf_nan=False)]
 
 Role = Literal["agent", "operator", "observer"]
@@ -140,6 +142,18 @@ def _describe(error: ValidationError) -> str:
 # --- control stream ------------------------------------------------------------------------------
 
 
+class Resume(BaseModel):
+    """The session that an agent wants to go on with, inside `hello`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    session: Name
+    #: The session's `welcome` said it. Never logged.
+    secret: Annotated[str, StringConstraints(max_length=64)] = Field(repr=False)
+    #: Frames that came on the session's coordination streams, all links together.
+    received: Count = 0
+
+
 class Hello(Message, type="hello"):
     """First frame of the first stream: who connects and what it can do."""
 
@@ -154,6 +168,8 @@ class Hello(Message, type="hello"):
     tasks: list[Name] = Field(default_factory=list, max_length=TASKS_MAX)
     #: Version of the software, for operators to see.
     software: Annotated[str, StringConstraints(max_length=64)] = ""
+    #: From an agent that had a session and lost its link.
+    resume: Resume | None = None
 
     @field_validator("tasks")
     @classmethod
@@ -173,6 +189,12 @@ class Welcome(Message, type="welcome"):
     pulse_s: PositiveSeconds
     #: How long silence may last before the agent counts as lost.
     lease_s: PositiveSeconds
+    #: With what an agent resumes this session over another link; empty for operators. Never logged.
+    secret: Annotated[str, StringConstraints(max_length=64)] = Field("", repr=False)
+    #: Whether this is the session that the hello wanted to resume.
+    resumed: bool = False
+    #: Replies that came in the session before this link.
+    received: Count = 0
 
 
 class Refusal(Message, type="refusal"):
@@ -189,6 +211,8 @@ class Drain(Message, type="drain"):
     """From the coordinator: no more assignments come; finish what you have. From an agent: send me none."""
 
     reason: Text = ""
+    #: From the coordinator: leave for good, and do not come back by yourself.
+    stop: bool = False
 
 
 class Goodbye(Message, type="goodbye"):
@@ -224,7 +248,7 @@ class Assignment(Message, type="assignment"):
     #: This, or `bulk` where it is too large to be inline.
     body: InlineBody = None  # type: ignore[assignment]
     bulk: BodyRef | None = None
-    attempt: Annotated[int, Field(ge=1, le=1000)] = 1
+    attempt: Attempt = 1
     #: Time left until the round's hard end when this was encoded.
     deadline_s: PositiveSeconds
 
@@ -260,7 +284,7 @@ class Reply(Message, type="reply"):
     """An agent's answer to an assignment, or why there is none."""
 
     round: RoundId
-    attempt: Annotated[int, Field(ge=1, le=1000)] = 1
+    attempt: Attempt = 1
     status: Literal["replied", "declined", "failed"] = "replied"
     #: With `replied`: this, or `bulk` where it is too large to be inline.
     body: Body | None = None
@@ -298,11 +322,35 @@ class Bulk(Message, type="bulk"):
         return BodyRef(size=self.size, digest=self.digest)
 
 
+# --- streams of an agent's own ---------------------------------------------------------------------
+
+
+class Modality(Message, type="modality"):
+    """First frame of a unidirectional stream with data of an agent's own: audio, video, sensors. Raw bytes follow."""
+
+    #: Names who takes it at the coordinator.
+    topic: Name
+    #: The round that it is about; 0 is none.
+    round: Annotated[int, Field(ge=0)] = 0
+
+
+class Telemetry(Message, type="telemetry"):
+    """First frame of a unidirectional stream of experiences for the learner. `experience` frames follow."""
+
+    topic: Name
+
+
+class ExperienceTold(Message, type="experience"):
+    """One experience, on a telemetry stream."""
+
+    body: Body
+
+
 # --- call streams --------------------------------------------------------------------------------
 
 
 class Ask(Message, type="ask"):
-    """Open a round. Answered by `outcome` or `error`."""
+    """Open a round. Answered by `outcome` or `error`; where it is streamed, `opened` and `part`s go before."""
 
     task: Name
     #: This, or `bulk` where it is too large to be inline.
@@ -315,11 +363,30 @@ class Ask(Message, type="ask"):
     deadline_s: PositiveSeconds | None = None
     #: Only agents that carry all of these labels with these values.
     labels: dict[Name, Text] = Field(default_factory=dict, max_length=LABELS_MAX)
+    #: At most so many agents, those that the learner thinks best of.
+    count: Annotated[int, Field(ge=1)] | None = None
+    #: How often one agent may be given the assignment: again when it failed, or was lost and came back.
+    attempts: Annotated[int, Field(ge=1, le=100)] | None = None
+    #: Idempotency key: the same question under the same key is one round, however often it is asked.
+    key: Name | None = None
+    #: Whether the end of each agent's part is to be told as it comes.
+    stream: bool = False
 
     @model_validator(mode="after")
     def _one_body(self) -> Self:
         _check_one(self, "body", self.bulk, required=True)
         return self
+
+
+class Opened(Message, type="opened"):
+    """The round of a streamed `ask` is open."""
+
+    round: RoundId
+    #: Sorted.
+    selected: list[Name]
+    quorum: Annotated[int, Field(ge=1)]
+    #: Seconds until the hard end.
+    deadline_s: PositiveSeconds
 
 
 class AgentResult(BaseModel):
@@ -349,6 +416,13 @@ class AgentResult(BaseModel):
     def value(self) -> Any:
         """The unpacked body; None without one."""
         return _unpack(self.body, self.bulk)
+
+
+class Part(Message, type="part"):
+    """One agent's part in the round of a streamed `ask` has ended. The outcome has it again, and is what counts."""
+
+    round: RoundId
+    result: AgentResult
 
 
 class Outcome(Message, type="outcome"):
@@ -443,11 +517,24 @@ class Fleet(Message, type="fleet"):
     agents: list[AgentInfo]
 
 
+class DrainAgent(Message, type="drain-agent"):
+    """Ask an agent to finish what it has and to leave for good. Answered by `draining` or `error`."""
+
+    agent: Name
+    reason: Text = ""
+
+
+class Draining(Message, type="draining"):
+    """The agent has been told, or will be when it returns; `agents` shows when it has left."""
+
+    agent: Name
+
+
 class CallError(Message, type="error"):
-    """A call that could not be done. It changed nothing."""
+    """A call that could not be done. It changed nothing, unless the reason is `not-recorded`."""
 
     #: `bad-request`, `no-agents`, `busy`, `draining`, `unknown-round`, `already-revealed`,
-    #: `still-open`, `forbidden`, `internal`.
+    #: `still-open`, `forbidden`, `unknown-agent`, `not-recorded`, `internal`.
     reason: Name
     message: Text
     #: Whether the same call may succeed later.

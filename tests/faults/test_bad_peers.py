@@ -494,7 +494,7 @@ async def test_streams_that_nobody_asked_for_are_refused_and_hold_up_no_reply(bu
 async def test_an_agent_that_never_reads_is_let_go_and_the_others_go_on(
     busy: Busy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quorate_coordinator.fleet.UNSENT_BYTES_MAX", 4 << 20)
+    monkeypatch.setattr("quorate_coordinator.links.UNSENT_BYTES_MAX", 4 << 20)
     peer = await busy.fleet.peer()
     await peer.join("deaf", tasks=("work",))
     await until(lambda: "deaf" in busy.fleet.connected)

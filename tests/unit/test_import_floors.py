@@ -51,6 +51,7 @@ CORES = (
     "quorate_coordinator.rounds",
     "quorate_coordinator.registry",
     "quorate_coordinator.membership",
+    "quorate_coordinator.journal.records",
     "quorate_coordinator.learner.fixed_share",
     "quorate_agent.core",
     "quorate_agent.events",

@@ -12,7 +12,13 @@ from typing import Annotated
 
 import typer
 
-from quorate_coordinator.cli import operator_commands, service_commands
+from quorate_coordinator.cli import (
+    ask_command,
+    fleet_commands,
+    journal_commands,
+    operator_commands,
+    service_commands,
+)
 from quorate_protocol import __version__
 
 app = typer.Typer(
@@ -37,11 +43,13 @@ def callback(
 
 # The short texts fit one line of the listing.
 app.command("coordinator", short_help="Run the coordinator.")(service_commands.coordinator)
-app.command("ask", short_help="Ask the fleet; print the combined answer.")(operator_commands.ask)
+app.command("ask", short_help="Ask the fleet; print the combined answer.")(ask_command.ask)
 app.command("reveal", short_help="Tell the truth of a round.")(operator_commands.reveal)
-app.command("status", short_help="Show the coordinator and its agents.")(operator_commands.status)
+app.command("status", short_help="Show the coordinator and its agents.")(fleet_commands.status)
+app.command("drain", short_help="Have an agent finish and leave.")(fleet_commands.drain)
 app.command("feed", short_help="Feed a file row by row; report accuracy.")(operator_commands.feed)
 app.command("demo", short_help="See six agents at work on real data.")(service_commands.demo)
+app.add_typer(journal_commands.journal, name="journal", short_help="Check, export or prune the journal.")
 app.add_typer(service_commands.bench, name="bench")
 
 
