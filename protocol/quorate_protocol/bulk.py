@@ -71,7 +71,8 @@ def header_for(blob: Blob, of: BulkOf, *, round: int = 0) -> Bulk:
 async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priority: Priority = Priority.NORMAL) -> None:
     """Sends a body on a stream of its own; returns when the peer's transport has acknowledged all of it.
 
-    However it ends otherwise, cancelled too, the stream is reset.
+    However it ends otherwise, cancelled too, the stream is reset. A peer that does not read is waited for: how long is
+    the caller's to say.
 
     Raises:
         StoppedByPeer: the peer does not want it any more, or has no room for it (`BUSY`).
