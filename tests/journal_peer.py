@@ -1,18 +1,20 @@
 """A process that writes a journal until it is killed. It prints the number of each record that is durable.
 
 Usage: journal_peer.py FILE endless                 appends `record_at` for ever, from where the journal ends
+       journal_peer.py FILE limited                does so until no file may grow any more, and on when files may again
        journal_peer.py FILE AFTER DELAY_S < RECORDS  appends the records, and kills itself DELAY_S after so many
 """
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 
 import msgpack
 
-from journal_making import EPOCH_S, record_at
+from journal_making import EPOCH_S, Heard, record_at
 from quorate_coordinator.journal.records import decode_record
 from quorate_coordinator.journal.writer import Journal
 
@@ -36,6 +38,18 @@ async def _write_for_ever(journal: Journal) -> None:
         await asyncio.sleep(0)
 
 
+async def _write_within_limit(journal: Journal, heard: Heard) -> None:
+    for limit, is_done in ((300_000, lambda: heard.failed), (resource.RLIM_INFINITY, lambda: heard.recovered)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        while not is_done():
+            if not heard.failed:
+                journal.append(record_at(journal.last_seq + 1), at=EPOCH_S)
+            heard.on_change.clear()
+            await heard.on_change.wait()
+    await heard.until(committed=journal.last_seq)
+    print(*heard.failed, sep="\n")  # noqa: T201
+
+
 async def _write_and_die(journal: Journal, after: int, delay_s: float) -> None:
     for number, (kind, payload) in enumerate(msgpack.unpackb(sys.stdin.buffer.read())):
         if number == after:
@@ -48,6 +62,11 @@ async def _write_and_die(journal: Journal, after: int, delay_s: float) -> None:
 
 async def _main(file: str, *how: str) -> None:
     journal = Journal.open(Path(file))
+    if how == ("limited",):
+        heard = Heard()
+        heard.start(journal)
+        await _write_within_limit(journal, heard)
+        return
     journal.start(asyncio.get_running_loop(), _say, _fail, lambda: None)
     if how == ("endless",):
         await _write_for_ever(journal)

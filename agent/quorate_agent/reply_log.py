@@ -10,15 +10,16 @@ class ReplyLog:
     """Numbers the replies of a session and keeps them until they are known to have been delivered.
 
     A reply may be forgotten once the coordinator's transport has acknowledged it: a coordinator reads what
-    has arrived over a link before it lets the session go on over the next one.
+    has arrived over a link before it lets the session go on over the next one. That it was given is
+    remembered for longer: the assignment may be under way once more, sent before the reply was there.
     """
 
     def __init__(self, limits: BacklogLimits) -> None:
         self._limits = limits
         self._replies: deque[SendReply] = deque()
         self._bytes = 0
-        #: Round and attempt of each.
-        self._known: set[tuple[int, int]] = set()
+        #: Round and attempt of those that are kept or were delivered, the oldest first.
+        self._known: dict[tuple[int, int], None] = {}
         #: The number of the first that is kept; of the next one when none is.
         self._first = 1
 
@@ -31,23 +32,28 @@ class ReplyLog:
         return self._bytes
 
     def has(self, round_id: int, attempt: int) -> bool:
-        """Whether the reply to this assignment is kept."""
+        """Whether the reply to this assignment is kept or was delivered, not too long ago."""
         return (round_id, attempt) in self._known
 
     def put(self, reply: SendReply) -> None:
         """Keeps a reply as the newest; the oldest make room. The newest is kept whatever its size."""
         self._replies.append(reply)
-        self._known.add((reply.round, reply.attempt))
+        self._known[reply.round, reply.attempt] = None
+        if len(self._known) > 2 * self._limits.replies_max:
+            del self._known[next(iter(self._known))]
         self._bytes += _size_bytes(reply)
         while len(self._replies) > max(1, self._limits.replies_max) or (
             self._bytes > self._limits.replies_bytes_max and len(self._replies) > 1
         ):
-            self._forget_first()
+            lost = self._forget_first()
+            # It may never have arrived: the assignment, if it comes again, is to be worked on.
+            self._known.pop((lost.round, lost.attempt), None)
 
     def delivered(self) -> None:
         """All that are kept have been delivered."""
         self._first += len(self._replies)
-        self._clear()
+        self._replies.clear()
+        self._bytes = 0
 
     def resume(self, received: int) -> tuple[list[SendReply], int]:
         """What to send again to a coordinator that has so many replies of the session, and how many are missing before.
@@ -62,19 +68,16 @@ class ReplyLog:
 
     def begin(self) -> None:
         """Another session: nothing is kept, and the numbers begin anew."""
-        self._clear()
-        self._first = 1
-
-    def _clear(self) -> None:
         self._replies.clear()
         self._known.clear()
         self._bytes = 0
+        self._first = 1
 
-    def _forget_first(self) -> None:
+    def _forget_first(self) -> SendReply:
         reply = self._replies.popleft()
-        self._known.discard((reply.round, reply.attempt))
         self._bytes -= _size_bytes(reply)
         self._first += 1
+        return reply
 
 
 def _size_bytes(reply: SendReply) -> int:

@@ -245,8 +245,10 @@ class Session:
         assert self._coordination is not None, "opened before this begins"
         loop = asyncio.get_running_loop()
         connection = self._connection
-        # While the session can be resumed, there is to be time for it in the lease that is left.
-        patience_s = welcome.lease_s / 2 if welcome.secret else welcome.lease_s
+        patience_s = welcome.lease_s
+        if welcome.secret:
+            # There is to be time in the lease to resume the session; and one lost pulse is no reason.
+            patience_s = max(patience_s / 2, min(patience_s, 2 * welcome.pulse_s))
         warned = False
         while True:
             due_at = loop.time() + welcome.pulse_s

@@ -36,14 +36,30 @@ class FrameLog:
         bytes_max: Their bytes, likewise.
     """
 
-    __slots__ = ("_bytes", "_bytes_max", "_dropped_up_to", "_frames", "_frames_max", "sent")
+    __slots__ = (
+        "_before",
+        "_bytes",
+        "_bytes_max",
+        "_dropped_up_to",
+        "_frames",
+        "_frames_max",
+        "_kept",
+        "_steps",
+        "sent",
+    )
 
     def __init__(self, frames_max: int = LOG_FRAMES_MAX, bytes_max: int = LOG_BYTES_MAX) -> None:
         #: Frames numbered so far: the number of the last one.
         self.sent = 0
         self._frames_max = frames_max
         self._bytes_max = bytes_max
-        self._frames: deque[tuple[int, bytes]] = deque()
+        self._frames: deque[bytes] = deque()
+        #: How much higher each frame's number is than that of the one before it. Small numbers cost nothing, and
+        #: there is a log for each of thousands of agents.
+        self._steps: deque[int] = deque()
+        #: What the first step counts from, and the number of the last frame that was kept.
+        self._before = 0
+        self._kept = 0
         self._bytes = 0
         #: The highest number of a frame that was to be kept and is not any more.
         self._dropped_up_to = 0
@@ -63,11 +79,12 @@ class FrameLog:
     def keep(self, frame: bytes) -> None:
         """Numbers a frame and keeps it."""
         self.sent += 1
-        self._frames.append((self.sent, frame))
+        self._frames.append(frame)
+        self._steps.append(self.sent - self._kept)
+        self._kept = self.sent
         self._bytes += len(frame)
         while len(self._frames) > self._frames_max or self._bytes > self._bytes_max:
-            self._dropped_up_to, dropped = self._frames.popleft()
-            self._bytes -= len(dropped)
+            self._dropped_up_to = self._forget_first()
 
     def resume(self, received: int) -> tuple[list[bytes], bool]:
         """What to send again to a peer that has received so many frames, and whether anything before it is missing.
@@ -76,12 +93,18 @@ class FrameLog:
         """
         received = min(received, self.sent)
         has_gap = self._dropped_up_to > received
-        again = [frame for number, frame in self._frames if number > received]
-        self._frames = deque(enumerate(again, received + 1))
-        self._bytes = sum(map(len, again))
-        self.sent = received + len(again)
+        while self._steps and self._before + self._steps[0] <= received:
+            self._forget_first()
+        self._steps = deque([1] * len(self._frames))
+        self._before = received
+        self._kept = self.sent = received + len(self._frames)
         self._dropped_up_to = 0
-        return again, has_gap
+        return list(self._frames), has_gap
+
+    def _forget_first(self) -> int:
+        self._bytes -= len(self._frames.popleft())
+        self._before += self._steps.popleft()
+        return self._before
 
 
 class AgentLink:

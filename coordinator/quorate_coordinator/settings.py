@@ -164,7 +164,9 @@ class SessionsSettings(_Section):
     """`[sessions]`: how long silence and goodbyes may last."""
 
     pulse_s: PositiveSeconds = Field(2.0, description="Seconds between the heartbeats that agents are told to send.")
-    lease_s: PositiveSeconds = Field(10.0, description="Seconds of silence after which an agent counts as lost.")
+    lease_s: PositiveSeconds = Field(
+        10.0, description="Seconds of silence, or without a link, after which an agent counts as lost."
+    )
     drain_s: Seconds = Field(10.0, description="Seconds that open rounds may take to finish after SIGTERM.")
     hello_timeout_s: PositiveSeconds = Field(5.0, description="Seconds that a new connection has to say who it is.")
 

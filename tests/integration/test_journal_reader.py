@@ -204,6 +204,12 @@ def test_a_journal_that_is_too_large_shrinks(file: Path) -> None:
     assert verify(file).problems == []
 
 
+def test_one_large_round_leaves_no_free_pages_behind(file: Path) -> None:
+    write_journal(file, [opened(1, size=10_000_000), closed(1)], checkpoints=[2])
+    prune_file(file, Retention(keep_s=0), EPOCH_S * 2)
+    assert file.stat().st_size < 100_000
+
+
 async def test_pruning_goes_on_beside_appending(file: Path) -> None:
     async with journalling(file) as (journal, heard):
         for record in rounds(2000):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import journal_peer
 from journal_making import (
     EPOCH_S,
     PATIENCE_S,
@@ -21,11 +22,13 @@ from journal_making import (
     journalling,
     opened,
     read_journal,
+    record_at,
     rounds,
     truth,
     write_journal,
 )
 from quorate_coordinator.journal import writer
+from quorate_coordinator.journal.database import Sync
 from quorate_coordinator.journal.errors import JournalDamaged, JournalInUse, JournalUnusable, RecordInvalid
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.verify import verify
@@ -124,6 +127,14 @@ def test_only_its_owner_can_read_it(file: Path) -> None:
     file.chmod(0o644)
     Journal.open(file).close(0)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("sync", "level"), [("full", 2), ("normal", 1)])
+def test_how_lasting_a_commit_is(file: Path, sync: Sync, level: int) -> None:
+    journal = Journal.open(file, sync=sync)
+    assert journal._connection.execute("PRAGMA synchronous").fetchone() == (level,)
+    assert journal._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    journal.close(0)
 
 
 def test_one_writer_at_a_time(file: Path) -> None:
@@ -304,6 +315,21 @@ async def test_a_real_disk_that_is_full(tmp_path: Path) -> None:
         assert verify(file).problems == []
     finally:
         assert await run("umount", str(disk)) == 0
+
+
+async def test_a_file_that_may_not_grow(file: Path) -> None:
+    """RLIMIT_FSIZE makes of every write an I/O error, as a disk that breaks does."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, journal_peer.__file__, str(file), "limited", stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), PATIENCE_S)
+    # Before it stand the log's lines, which nobody has sent elsewhere.
+    assert process.returncode == 0
+    assert out.decode().splitlines()[-1] == "the journal cannot be written: disk I/O error"
+    read = read_journal(file)
+    assert [(seq, record) for seq, _, record in read] == [(seq, record_at(seq)) for seq in range(1, len(read) + 1)]
+    assert len(read) > 10
+    assert verify(file).problems == []
 
 
 async def test_another_writer_that_should_not_be_there(file: Path) -> None:

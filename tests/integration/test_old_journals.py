@@ -13,6 +13,8 @@ from quorate_coordinator.journal.records import KINDS
 from quorate_coordinator.journal.schema import JOURNAL_NAME, SCHEMA_VERSION
 from quorate_coordinator.journal.verify import verify
 from quorate_coordinator.journal.writer import Journal
+from quorate_coordinator.learner.vote import VoteLearner
+from quorate_coordinator.recovery import recover
 
 JOURNALS = Path(__file__).parents[1] / "journals"
 VERSIONS = [f"v{version}" for version in range(1, SCHEMA_VERSION + 1)]
@@ -66,6 +68,17 @@ def test_what_the_coordinator_asks_at_its_start(old: tuple[Path, dict[str, Any]]
         assert known.closed is not None
         assert known.closed.key == "question-3"
         assert known.truth is not None
+
+
+def test_the_learner_is_what_it_was(old: tuple[Path, dict[str, Any]]) -> None:
+    file, expected = old
+    with JournalReader(file) as reader:
+        recovered = recover(reader, VoteLearner, VoteLearner.restore, remembered_max=100)
+    assert recovered.ledger.learner.snapshot().hex() == expected["learner"]
+    assert [closed.round for closed in recovered.awaiting] == [5]
+    assert [opened.round for opened in recovered.cut_off] == [6]
+    assert recovered.next_round == 7
+    assert recovered.replayed == expected["records"][-1]["seq"] - expected["checkpoints"][0][0]
 
 
 def test_every_version_has_one() -> None:

@@ -27,7 +27,7 @@ from quorate_coordinator.journal.records import (
 )
 from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_coordinator.journal.writer import Journal
-from quorate_coordinator.learner.api import AgentReply, ClosedRound
+from quorate_coordinator.learner.api import AgentReply, ClosedRound, LateReply
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_protocol.bodies import encode_body
 
@@ -86,6 +86,11 @@ class _Maker:
             )
         )
 
+    def late(self, number: int) -> None:
+        late = ReplyLate(number, TASK, "slow", encode_body("dog"), 12.5, 12.25, 0.0)
+        self.append(late)
+        self.learner.take_late(LateReply(number, TASK, AgentReply(late.agent, late.body, late.latency_s)))
+
     def tell(self, number: int) -> None:
         truth = encode_body("cat")
         self.append(TruthTold(number, truth))
@@ -107,7 +112,7 @@ async def write(file: Path) -> VoteLearner:
     maker.open(4)
     maker.close(4, is_late=True)
     maker.close(3, key="question-3")
-    maker.append(ReplyLate(4, TASK, "slow", encode_body("dog"), 12.5, 12.25, 0.0))
+    maker.late(4)
     maker.tell(3)
     maker.checkpoint()
     maker.tell(4)

@@ -267,6 +267,17 @@ class SessionMachine(RuleBasedStateMachine):
         for round_id, attempt in sorted(self.outstanding.items()):
             self._send(("ask", round_id, attempt))
 
+    @rule(notices=st.booleans(), ended=st.integers(0, 3), delivered=st.integers(0, 3))
+    def work_and_break(self, notices: bool, ended: int, delivered: int) -> None:
+        """What came is worked on, some of the replies arrive, and there is another link."""
+        self.deliver_to_agent(5)
+        while self.running and ended:
+            ended -= 1
+            self.handler_ends(0)
+        self.deliver_to_coordinator(delivered)
+        self.break_link(notices)
+        self.reconnect("all")
+
     def registry_joins(self, event: AgentJoined) -> None:
         for instruction in self.registry.handle(event, self.now):
             if not isinstance(instruction, ReplaceLink):
@@ -298,7 +309,8 @@ class SessionMachine(RuleBasedStateMachine):
         assert self.core.counts.feedback_forgotten == 0
 
     def teardown(self) -> None:
-        # The network is good again.
+        self.work_and_break(True, 2, 1)
+        # The network is good from now on.
         for _ in range(4 * (self.rounds + len(self.told) + 10)):
             self.reconnect()
             self.deliver_to_agent(10**6)

@@ -201,6 +201,18 @@ def test_an_assignment_that_is_known_is_not_worked_on_twice() -> None:
     assert (replies(out), only(out, ev.StartAssignment).round) == ([(2, 1)], 3)
 
 
+def test_an_assignment_that_comes_after_its_reply_was_delivered_is_known() -> None:
+    """It was sent again when the session was resumed, and overtaken by the handler's end."""
+    core = make_active()
+    running = start(core, 1)
+    break_link(core)
+    come_back(core, received=0)
+    core.handle(ev.HandlerReturned(running, b"a"), 0.0)
+    core.handle(ev.RepliesDelivered(), 0.0)
+    assert core.handle(ask(1), 0.0) == []
+    assert core.counts.duplicates == 1
+
+
 def test_an_assignment_that_was_lost_with_the_link_is_worked_on_when_it_comes_again() -> None:
     core = make_active()
     break_link(core)
@@ -284,7 +296,9 @@ def test_the_log_is_bounded_by_count_and_bytes() -> None:
     for round_id in range(1, 6):
         log.put(reply(round_id))
     assert (len(log), log.size_bytes) == (3, 3)
-    assert [log.has(round_id, 1) for round_id in range(1, 6)] == [False, False, True, True, True]
+    assert [log.has(round_id, 1) for round_id in range(1, 6)] == [False, False, True, True, True], (
+        "what was dropped may never have arrived"
+    )
     log.put(reply(6, 99))
     assert (len(log), log.size_bytes) == (2, 100)
     log.put(reply(7, 500))
@@ -293,6 +307,12 @@ def test_the_log_is_bounded_by_count_and_bytes() -> None:
     log.delivered()
     assert (len(log), log.size_bytes) == (0, 0)
     assert log.resume(7) == ([], 0)
+    for round_id in range(8, 100):
+        log.put(reply(round_id))
+        log.delivered()
+    assert [round_id for round_id in range(1, 100) if log.has(round_id, 1)] == list(range(94, 100))
+    log.begin()
+    assert not log.has(99, 1)
 
 
 # --- stopping while away -------------------------------------------------------------------------

@@ -150,6 +150,7 @@ def test_row(row: tuple[Phase, Trigger, Phase]) -> None:
         return
     outcome = outcome_in(instructions)
     assert outcome is round_.outcome
+    assert round_.body_bytes == 0, "nobody is asked any more: the question is let go"
     assert outcome.state == target
     assert statuses(outcome) == dict(zip("abc", ends.split(), strict=True))
     # Those still at work, and nobody else, are told to stop, before the outcome is dealt with.

@@ -14,15 +14,16 @@ from typing import Final
 
 from quorate_coordinator.journal.rows import compute_digest, matches
 
-#: Rows that one step looks at, and bytes of them that it takes: some milliseconds.
-_STEP_ROWS: Final = 256
-_STEP_BYTES: Final = 4 << 20
+#: Rows that one step looks at, and bytes of them that it takes: little more time than the commit itself needs.
+_STEP_ROWS: Final = 128
+_STEP_BYTES: Final = 1 << 20
 
 #: What a row takes beside its payload, roughly: its other columns, its places in the table and the index.
 _ROW_BYTES: Final = 90
 
-#: Pages that a step gives back to the file system: more than it frees, so that the file shrinks as the rows go.
-_STEP_PAGES: Final = 2048
+#: Pages that a step gives back to the file system: more than it usually frees, so that the file shrinks
+#: as the rows go.
+_STEP_PAGES: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +93,14 @@ def prune(
         if dry_run:
             excess -= step.bytes
         else:
-            # As a script: it answers with rows without columns, of which `execute` takes the first for the last.
-            connection.executescript(f"PRAGMA incremental_vacuum({_STEP_PAGES})")
+            _give_back(connection)
             excess = _excess(connection, retention)
         yield report
         if step.is_last:
             break
         cursor = step.cursor
+    while bound and not dry_run and _give_back(connection):
+        yield report
 
 
 def _covered_seq(connection: sqlite3.Connection) -> int:
@@ -122,6 +124,15 @@ def _excess(connection: sqlite3.Connection, retention: Retention) -> int:
     return int((pages - free) * size - retention.keep_bytes)
 
 
+def _give_back(connection: sqlite3.Connection) -> bool:
+    """Makes the file smaller by some of its free pages; whether there were any."""
+    (before,) = connection.execute("PRAGMA freelist_count").fetchone()
+    # As a script: it answers with rows without columns, of which `execute` takes the first for the last.
+    connection.executescript(f"PRAGMA incremental_vacuum({_STEP_PAGES})")
+    (after,) = connection.execute("PRAGMA freelist_count").fetchone()
+    return bool(after < before)
+
+
 def _choose(
     connection: sqlite3.Connection, retention: Retention, now_s: float, cursor: int, bound: int, excess: int
 ) -> _Step:
@@ -129,7 +140,7 @@ def _choose(
     oldest_s = float("-inf") if retention.keep_s is None else now_s - retention.keep_s
     # The casts make numbers of what a damaged row may have instead.
     rows = connection.execute(
-        "SELECT seq, round, CAST(at AS REAL), coalesce(length(payload), 0) FROM records "
+        "SELECT seq, round, coalesce(CAST(at AS REAL), 0.0), coalesce(length(payload), 0) FROM records "
         "WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?",
         (cursor, bound, _STEP_ROWS),
     ).fetchall()
@@ -150,8 +161,8 @@ def _choose(
         elif isinstance(number, int) and number not in seen and number not in retention.rounds:
             seen.add(number)
             last_seq, last_s, is_closed, all_bytes = connection.execute(
-                "SELECT max(seq), max(CAST(at AS REAL)), max(kind = 'closed'), total(length(payload) + ?) "
-                "FROM records WHERE round = ?",
+                "SELECT max(seq), coalesce(max(CAST(at AS REAL)), 0.0), max(kind = 'closed'), "
+                "total(length(payload) + ?) FROM records WHERE round = ?",
                 (_ROW_BYTES, number),
             ).fetchone()
             if is_closed and last_seq <= bound and (last_s < oldest_s or is_over):
