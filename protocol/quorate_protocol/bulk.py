@@ -13,9 +13,10 @@
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 from quorate_protocol.blobs import CHUNK_BYTES, Blob, BlobStore
 from quorate_protocol.errors import (
@@ -34,9 +35,13 @@ from quorate_protocol.errors import (
 from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import BULK_HEADER_BYTES_MAX, FRAME_PREFIX_BYTES
 from quorate_protocol.messages import BodyRef, Bulk, BulkOf, Message, parse_message
-from quorate_protocol.transport.api import Connection, Priority, ReceiveStream
+from quorate_protocol.pace import SHARE_BYTES_MIN, Pace
+from quorate_protocol.transport.api import Buffer, Connection, Priority, ReceiveStream, SendStream
 
 T = TypeVar("T")
+
+#: Of each connection that has sent a body.
+_paces: WeakKeyDictionary[Connection, Pace] = WeakKeyDictionary()
 
 #: Seconds that the first frame of a stream may take.
 HEADER_TIMEOUT_S: Final = 10.0
@@ -66,7 +71,8 @@ def header_for(blob: Blob, of: BulkOf, *, round: int = 0) -> Bulk:
 async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priority: Priority = Priority.NORMAL) -> None:
     """Sends a body on a stream of its own; returns when the peer's transport has acknowledged all of it.
 
-    However it ends otherwise, cancelled too, the stream is reset.
+    However it ends otherwise, cancelled too, the stream is reset. A peer that does not read is waited for: how long is
+    the caller's to say.
 
     Raises:
         StoppedByPeer: the peer does not want it any more, or has no room for it (`BUSY`).
@@ -74,13 +80,13 @@ async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priorit
         OSError: the spooled file cannot be read.
     """
     assert (header.size, header.digest) == (blob.size_bytes, blob.digest), "the header is another body's"
-    chunks = blob.chunks()
     stream = await connection.open_uni_stream(priority)
+    pace = _paces.setdefault(connection, Pace())
+    pace.begin(asyncio.get_running_loop().time())
     try:
-        await stream.send(header.to_frame())
-        async with contextlib.aclosing(chunks):
-            async for chunk in chunks:
-                await stream.send(chunk)
+        frame = header.to_frame()
+        await stream.send(frame)
+        await _send_at_pace(connection, stream, blob, pace, sent_bytes=len(frame))
         await stream.finish()
         await stream.flush()
     except OSError:
@@ -89,6 +95,29 @@ async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priorit
     except BaseException:
         stream.reset(Code.CANCELLED)
         raise
+    finally:
+        pace.end()
+
+
+async def _send_at_pace(connection: Connection, stream: SendStream, blob: Blob, pace: Pace, *, sent_bytes: int) -> None:
+    """Sends a body, no faster than the path carries it; `sent_bytes` were sent before."""
+    loop = asyncio.get_running_loop()
+    arrived_bytes = 0
+    async with contextlib.aclosing(blob.chunks()) as chunks:
+        async for chunk in chunks:
+            for part in _split(chunk, SHARE_BYTES_MIN):
+                await stream.flush(pace.share_bytes - len(part))
+                more_bytes = sent_bytes - stream.unsent_bytes - arrived_bytes
+                pace.acknowledged(more_bytes, loop.time(), connection.stats.rtt_least_s)
+                arrived_bytes += more_bytes
+                await stream.send(part)
+                sent_bytes += len(part)
+
+
+def _split(chunk: Buffer, part_bytes: int) -> Iterator[memoryview]:
+    view = memoryview(chunk)
+    for at in range(0, len(view), part_bytes):
+        yield view[at : at + part_bytes]
 
 
 async def read_header(stream: ReceiveStream) -> Message:

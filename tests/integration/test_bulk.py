@@ -38,6 +38,7 @@ from quorate_protocol.errors import (
 )
 from quorate_protocol.limits import BULK_HEADER_BYTES_MAX
 from quorate_protocol.messages import BodyRef, Bulk, Goodbye
+from quorate_protocol.pace import SHARE_BYTES_MIN, WINDOW_BYTES_MIN
 from quorate_protocol.transport import Connection, Priority, SendStream
 
 #: More than fits what both ends hold of a stream: its sender is in the middle until somebody reads.
@@ -406,12 +407,13 @@ async def test_not_in_time(bench: Bench) -> None:
 
 
 async def test_what_nobody_refers_to_expires(bench: Bench) -> None:
-    inbox = bench.serve(bench.link.there, unclaimed_s=0.05)
-    whole = of_noise(3 << 20)
+    inbox = bench.serve(bench.link.there, unclaimed_s=0.2)
+    whole = of_noise(1000)
     await send_blob(bench.link.here, whole, header_for(whole, "reply", round=1))
     stream = await open_raw(bench.link.here, 3 << 20, bytes(32))
     await stream.send(bytes(1 << 20))
-    await until(lambda: inbox.unclaimed == 0 and bench.budget.disk_bytes == 0)
+    await until(lambda: bench.budget.disk_bytes)
+    await until(lambda: inbox.unclaimed == bench.budget.disk_bytes == bench.budget.memory_bytes == 0)
     assert await is_stopped(stream, Code.CANCELLED)
     with pytest.raises(BodyNotReceived):
         await inbox.get(ref_to(whole), 0.01)
@@ -515,3 +517,21 @@ async def test_control_frames_overtake_a_body(bench: Bench) -> None:
     assert not sending.done()
     assert content(await receiving) == content(blob)
     await sending
+
+
+async def test_a_body_leaves_no_more_under_way_than_its_pace(bench: Bench) -> None:
+    """What is under way stands before every frame that is sent later."""
+    inbox = bench.serve(bench.link.there)
+    blob = await make_blob([bytes(32 << 20)])
+    sending = asyncio.create_task(send_blob(bench.link.here, blob, header_for(blob, "reply", round=1)))
+    under_way = window_bytes = 0
+    while not sending.done():
+        await asyncio.sleep(0)
+        under_way = max(under_way, bench.link.here.engine.unacknowledged_class_bytes(Priority.NORMAL))
+        if (pace := bulk._paces.get(bench.link.here)) is not None:
+            window_bytes = max(window_bytes, pace.window_bytes)
+    await sending
+    assert SHARE_BYTES_MIN < under_way <= window_bytes + 1000
+    assert window_bytes >= WINDOW_BYTES_MIN
+    assert bulk._paces[bench.link.here].streams == 0
+    assert (await inbox.get(ref_to(blob), PATIENCE_S)).size_bytes == 32 << 20

@@ -299,7 +299,7 @@ class TestDisk:
         assert writer is not None
         await writer.write(bytes(1 << 20))
         writing = asyncio.create_task(writer.write(bytes(1 << 20)))
-        await until(entered.is_set)
+        await until(lambda writer=writer: entered.is_set() and writer.received_bytes == 2 << 20)
         writing.cancel()
         await asyncio.wait((writing,))
         assert writing.cancelled()

@@ -25,7 +25,8 @@ FLOORS: list[set[str]] = [
     {"frames", "bodies", "blobs", "credentials", "logs"},
     {"messages"},
     {"transport"},
-    {"channel", "bulk"},
+    {"channel", "pace"},
+    {"bulk"},
     {"client"},
 ]
 
@@ -58,6 +59,7 @@ CORES = (
     "quorate_protocol.frames",
     "quorate_protocol.bodies",
     "quorate_protocol.messages",
+    "quorate_protocol.pace",
 )
 IMPURE = {
     "asyncio", "concurrent", "multiprocessing", "os", "random", "secrets", "select", "selectors", "signal", "socket",

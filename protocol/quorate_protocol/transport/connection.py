@@ -352,6 +352,7 @@ class QuicConnection(Connection):
         """Passes on what the engine reports and wakes senders whose bytes were acknowledged."""
         self.engine.report(self)
         self.stats.rtt_s = self.engine.rtt_s
+        self.stats.rtt_least_s = self.engine.rtt_least_s
         self.stats.udp_payload_bytes = self.engine.udp_payload_bytes
         for priority, waiting in zip(Priority, self._cap_writers, strict=True):
             if waiting:
