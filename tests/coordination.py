@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from prometheus_client.parser import text_string_to_metric_families
 
 from quorate_agent import Agent
+from quorate_coordinator.learner.api import Learner
 from quorate_coordinator.service import Coordinator
 from quorate_coordinator.settings import Settings
 from quorate_protocol.channel import Channel
@@ -157,7 +158,9 @@ class RawPeer:
 
 
 @contextlib.asynccontextmanager
-async def coordinating(state_dir: Path, *, listen: str = "127.0.0.1:0", **sections: Any) -> AsyncIterator[Fleet]:
+async def coordinating(
+    state_dir: Path, *, listen: str = "127.0.0.1:0", learner: Learner | None = None, **sections: Any
+) -> AsyncIterator[Fleet]:
     """A coordinator on a free port. Sections of settings are dictionaries: `rounds={"deadline_s": 1.0}`.
 
     At the end nothing may be left of it: no task, no open descriptor.
@@ -165,7 +168,7 @@ async def coordinating(state_dir: Path, *, listen: str = "127.0.0.1:0", **sectio
     loop_tasks = asyncio.all_tasks()
     descriptors = open_descriptors()
     settings = Settings(**{"listen": listen, "http": "", "state_dir": state_dir, **sections})
-    async with Coordinator(settings) as coordinator:
+    async with Coordinator(settings, learner=learner) as coordinator:
         fleet = Fleet(coordinator, state_dir)
         try:
             yield fleet

@@ -17,6 +17,7 @@ Sync handlers run in threads, so that heartbeats go on; async ones run on the ev
 block it.
 """
 
+import inspect
 import math
 import re
 import threading
@@ -24,23 +25,31 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from quorate_agent.handlers import AgentInvalid, HandlerFunction, inspect_handler
+from quorate_protocol.errors import Code, ConnectionClosed
 from quorate_protocol.limits import LABELS_MAX, TASKS_MAX, TEXT_CHARS_MAX
 from quorate_protocol.messages import Name
 
 if TYPE_CHECKING:
-    from quorate_protocol.transport import ClientTls  # with all its cryptography, which defining an agent does not need
+    # With all their cryptography, which defining an agent does not need.
+    from quorate_agent.streams import Background, OwnStream, StreamsSource
+    from quorate_protocol.transport import ClientTls, Priority
 
 F = TypeVar("F", bound=HandlerFunction)
+B = TypeVar("B", bound="Background")
 
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 #: Handlers of one agent that may run at once: each sync one needs a thread.
 CONCURRENCY_MAX = 256
+
+
+def _no_link() -> Any:
+    raise ConnectionClosed(Code.NO_ERROR, "there is no link to the coordinator now")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,22 @@ class Context:
     #: Set when nobody waits for the answer any more. A sync handler that runs long looks at it now
     #: and then (`context.cancelled.is_set()`); an async one gets `asyncio.CancelledError` as well.
     cancelled: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+    #: Streams that were opened by this context.
+    opened: "list[OwnStream]" = field(default_factory=list, repr=False, compare=False)
+    #: Gives the streams of the present link.
+    streams: "StreamsSource" = field(default=_no_link, repr=False, compare=False)
+
+    async def open_stream(self, topic: str, *, priority: "Priority | None" = None) -> "OwnStream":
+        """Opens a stream of this agent's own that goes along with the round; for async handlers.
+
+        It is given up when the round is cancelled. `priority` is its sending class; None is NORMAL.
+
+        Raises:
+            ConnectionClosed: there is no link now.
+        """
+        stream = await self.streams().open_stream(topic, priority=priority, round=self.round)
+        self.opened.append(stream)
+        return stream
 
     @property
     def remaining_s(self) -> float:
@@ -89,6 +114,7 @@ class Agent:
         self.concurrency = check_concurrency(concurrency)
         self._handlers: dict[str, HandlerFunction] = {}
         self._feedback_handlers: dict[str, HandlerFunction] = {}
+        self._backgrounds: list[Background] = []
 
     def __repr__(self) -> str:
         return f"Agent({self.name!r}, tasks={list(self._handlers)})"
@@ -107,6 +133,11 @@ class Agent:
     def feedback_handlers(self) -> Mapping[str, HandlerFunction]:
         """Task → the feedback function that was registered, as it was written. Read-only."""
         return MappingProxyType(self._feedback_handlers)
+
+    @property
+    def backgrounds(self) -> "tuple[Background, ...]":
+        """What runs beside the handlers while there is a link."""
+        return tuple(self._backgrounds)
 
     def task(self, name: str) -> Callable[[F], F]:
         """Registers a handler of `(body)` or `(body, context)`, sync or async, whose return value is the answer.
@@ -150,6 +181,26 @@ class Agent:
             return function
 
         return register
+
+    def background(self, function: B) -> B:
+        """Registers an async function of `(streams)` that runs while there is a link: sensors, say.
+
+        It is started anew with each link and cancelled at its end::
+
+            @agent.background
+            async def camera(streams):
+                async with await streams.open_stream("video", priority=Priority.LOW) as stream:
+                    while True:
+                        await stream.send(await grab())
+
+        Raises:
+            AgentInvalid: it is no async function of one argument.
+        """
+        is_async = inspect.iscoroutinefunction(function)
+        if not is_async or len(inspect.signature(function).parameters) != 1:
+            raise AgentInvalid(f"background {_name_of(function)} must be an async function of one argument, (streams)")
+        self._backgrounds.append(function)
+        return function
 
     def check(self) -> None:
         """Whether the agent can start.

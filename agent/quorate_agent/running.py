@@ -11,6 +11,7 @@ import structlog
 from quorate_agent.agent import Agent, Context
 from quorate_agent.events import HandlerDeclined, HandlerFailed, HandlerReturned, StartAssignment, StartFeedback
 from quorate_agent.handlers import Declined, Handler, inspect_handler
+from quorate_agent.streams import StreamsSource
 from quorate_agent.threads import HandlerThreads
 from quorate_protocol.bodies import decode_body, encode_body
 from quorate_protocol.errors import FrameMalformed, LocalError
@@ -26,8 +27,16 @@ Start = StartAssignment | StartFeedback
 class HandlerRunner:
     """Runs the handlers of one agent in the running event loop. `emit` is called in the loop, once for each start."""
 
-    def __init__(self, agent: Agent, agent_id: str, threads_max: int, emit: Callable[[Ended], None]) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        agent_id: str,
+        threads_max: int,
+        emit: Callable[[Ended], None],
+        streams: StreamsSource,
+    ) -> None:
         self._agent_id = agent_id
+        self._streams = streams
         self._emit = emit
         self._loop = asyncio.get_running_loop()
         self._task_handlers = {
@@ -48,10 +57,12 @@ class HandlerRunner:
         flag = self._flags[start.work] = threading.Event()
         if isinstance(start, StartAssignment):
             handler = self._task_handlers[start.task]
-            context = Context(start.round, start.task, self._agent_id, start.attempt, start.deadline, flag)
+            context = Context(
+                start.round, start.task, self._agent_id, start.attempt, start.deadline, flag, streams=self._streams
+            )
         else:
             handler = self._feedback_handlers[start.task]
-            context = Context(start.round, start.task, self._agent_id, cancelled=flag)
+            context = Context(start.round, start.task, self._agent_id, cancelled=flag, streams=self._streams)
         if handler.is_async:
             task = self._loop.create_task(
                 _run_async(handler, start, context), name=f"{handler.kind} {start.task} of round {start.round}"
@@ -117,6 +128,10 @@ async def _run_async(handler: Handler, start: Start, context: Context) -> Ended:
         return _returned(handler, start, result, clock)
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is, it is the handler's
         return _raised(handler, start, error, clock)
+    finally:
+        if context.cancelled.is_set():
+            for stream in context.opened:
+                stream.give_up()
 
 
 def _ended_of(task: asyncio.Task[Ended], start: Start) -> Ended:

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from quorate_protocol.bodies import encode_body
-from quorate_protocol.errors import Code, ConnectionClosed, QuorateError
+from quorate_protocol.errors import Code, QuorateError
 from quorate_protocol.messages import ExperienceTold, Modality, Telemetry
 from quorate_protocol.transport.api import Buffer, Connection, Priority, SendStream
 
@@ -79,12 +79,13 @@ class OwnStreams:
         #: One experience after the other, whoever tells them.
         self._telling = asyncio.Lock()
 
-    async def open_stream(self, topic: str, *, priority: Priority = Priority.NORMAL, round: int = 0) -> OwnStream:
+    async def open_stream(self, topic: str, *, priority: Priority | None = None, round: int = 0) -> OwnStream:
         """Opens a stream for a topic.
 
         Args:
             topic: Names who takes it at the coordinator.
-            priority: Its sending class; NORMAL goes in turn with bodies, LOW after them, HIGH with assignments.
+            priority: Its sending class; NORMAL, which None is too, goes in turn with bodies, LOW after them, HIGH with
+                assignments.
             round: The round that it is about; 0 is none.
 
         Raises:
@@ -92,7 +93,7 @@ class OwnStreams:
             ValidationError: the topic is no name.
         """
         header = Modality(topic=topic, round=round).to_frame()
-        stream = await self._connection.open_uni_stream(priority)
+        stream = await self._connection.open_uni_stream(Priority.NORMAL if priority is None else priority)
         await stream.send(header)
         return OwnStream(topic, stream)
 
@@ -122,8 +123,3 @@ StreamsSource = Callable[[], OwnStreams]
 
 #: Runs beside the handlers while there is a link.
 Background = Callable[[OwnStreams], Awaitable[None]]
-
-
-def no_link() -> OwnStreams:
-    """The source of who has no link."""
-    raise ConnectionClosed(Code.NO_ERROR, "there is no link to the coordinator now")

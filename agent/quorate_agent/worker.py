@@ -22,8 +22,17 @@ from quorate_agent.handlers import AgentInvalid
 from quorate_agent.running import HandlerRunner
 from quorate_agent.session import Session
 from quorate_agent.states import State
+from quorate_agent.streams import Background, OwnStreams
 from quorate_protocol import __version__
-from quorate_protocol.errors import Code, ConnectFailed, ConnectionClosed, LocalError, MessageInvalid, Refused
+from quorate_protocol.errors import (
+    Code,
+    ConnectFailed,
+    ConnectionClosed,
+    LocalError,
+    MessageInvalid,
+    QuorateError,
+    Refused,
+)
 from quorate_protocol.limits import HELLO_BYTES_MAX
 from quorate_protocol.messages import Hello, Resume, Welcome
 from quorate_protocol.transport import ClientTls, Connection, connect
@@ -34,6 +43,8 @@ T = TypeVar("T")
 
 #: Seconds for a handshake, all addresses of the name together.
 CONNECT_TIMEOUT_S: Final = 10.0
+#: Seconds that background functions may take to end when their link has.
+BACKGROUND_TIMEOUT_S: Final = 5.0
 #: Seconds that an attempt needs at the least.
 ATTEMPT_MIN_S: Final = 0.1
 #: Seconds for a handshake while a session waits for its link: where packets are lost, a handshake tries again ever
@@ -136,6 +147,9 @@ class Worker:
         self._runner: HandlerRunner | None = None
         self._backoff = Backoff(rng or random.Random())  # noqa: S311  jitter is no secret
         self._session: Session | None = None
+        #: Those of the present link.
+        self._streams: OwnStreams | None = None
+        self._backgrounds: set[asyncio.Task[None]] = set()
         self._peer = ""
         #: What `run` waits for that a stop may cut short: connecting, or a pause.
         self._interruptible: asyncio.Task[Any] | None = None
@@ -174,7 +188,9 @@ class Worker:
         Raises:
             ConfigurationError: the URL is none, or the authorities' file cannot be read.
         """
-        runner = self._runner = HandlerRunner(self._agent, self._agent_id, self._concurrency, self._apply)
+        runner = self._runner = HandlerRunner(
+            self._agent, self._agent_id, self._concurrency, self._apply, self._streams_of_link
+        )
         self._alone_since = _now()
         try:
             while self._ending is None:
@@ -271,12 +287,46 @@ class Worker:
             make_hello=self._make_hello,
             agent_id=self._agent_id,
             apply=self._apply,
-            welcomed=self._on_welcomed,
+            welcomed=lambda welcome: self._on_welcomed(welcome, connection),
         )
         try:
             await self._session.run()
         finally:
             self._session = None
+            self._streams = None
+            await self._end_backgrounds()
+
+    def _streams_of_link(self) -> OwnStreams:
+        """For handlers and background functions.
+
+        Raises:
+            ConnectionClosed: there is no link.
+        """
+        if self._streams is None:
+            raise ConnectionClosed(Code.NO_ERROR, "there is no link to the coordinator now")
+        return self._streams
+
+    def _start_backgrounds(self, streams: OwnStreams) -> None:
+        for function in self._agent.backgrounds:
+            task = asyncio.create_task(self._run_background(function, streams), name=f"background {function}")
+            self._backgrounds.add(task)
+            task.add_done_callback(self._backgrounds.discard)
+
+    async def _run_background(self, function: Background, streams: OwnStreams) -> None:
+        try:
+            await function(streams)
+        except QuorateError as error:
+            # The link broke, or nobody takes its topic.
+            log.warning("background_ended", agent=self._agent_id, reason=str(error))
+        except Exception:
+            log.exception("background_failed", agent=self._agent_id)
+
+    async def _end_backgrounds(self) -> None:
+        tasks = list(self._backgrounds)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=BACKGROUND_TIMEOUT_S)
 
     def _make_hello(self, resume: ev.Resume | None) -> bytes:
         if resume is None:
@@ -284,7 +334,9 @@ class Worker:
         wanted = Resume(session=resume.session, secret=resume.secret, received=resume.received)
         return self._hello.model_copy(update={"resume": wanted}).to_frame()
 
-    def _on_welcomed(self, welcome: Welcome) -> None:
+    def _on_welcomed(self, welcome: Welcome, connection: Connection) -> None:
+        self._streams = OwnStreams(connection)
+        self._start_backgrounds(self._streams)
         self._session_began_at = _now()
         self._lease_s = welcome.lease_s
         log.info(
