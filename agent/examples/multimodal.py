@@ -3,8 +3,8 @@
     python agent/examples/multimodal.py [SECONDS]
 
 starts a coordinator with this file's `take` as the consumer of the three topics, joins it as an agent, and sends each
-modality alone, then all three together, SECONDS (two) each. The table at the end shows how long messages were under way,
-from the agent's `send` to the consumer's reading, in milliseconds:
+modality alone, then all three together, SECONDS (two) each. The table at the end shows how long messages were under
+way, from the agent's `send` to the consumer's reading, in milliseconds:
 
 - `sensor`: 64 bytes fifty times a second, HIGH;
 - `audio`: 20 ms of sound (1,920 bytes) fifty times a second, NORMAL;
@@ -24,8 +24,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from quorate_agent import Agent
+from quorate_agent.streams import OwnStreams
 from quorate_protocol import logs
 from quorate_protocol.transport import ClientTls, Priority
 
@@ -51,13 +53,13 @@ done = asyncio.Event()
 
 
 @agent.task("modalities")
-async def modalities(body):
+async def modalities(body: Any) -> list[str]:
     """What this agent sends beside its answers."""
     return list(MODALITIES)
 
 
 @agent.background
-async def perform(streams):
+async def perform(streams: OwnStreams) -> None:
     """Each modality alone, then all at once."""
     for topic in MODALITIES:
         await send(streams, topic)
@@ -65,7 +67,7 @@ async def perform(streams):
     done.set()
 
 
-async def send(streams, topic):
+async def send(streams: OwnStreams, topic: str) -> None:
     """One stream of a modality, for the time of a phase."""
     size, period_s, priority = MODALITIES[topic]
     padding = bytes(size - HEADER.size)
@@ -76,9 +78,10 @@ async def send(streams, topic):
             await stream.send(HEADER.pack(size, time.monotonic_ns()) + padding)
 
 
-async def take(stream):
+async def take(stream: Any) -> None:
     """The consumer, in the coordinator: notes for each message how long it was under way."""
-    waiting, latencies_ms = b"", []
+    waiting = b""
+    latencies_ms: list[float] = []
     async for chunk in stream:
         waiting += chunk
         while len(waiting) >= HEADER.size:
@@ -87,12 +90,16 @@ async def take(stream):
                 break
             waiting = waiting[size:]
             latencies_ms.append((time.monotonic_ns() - sent_ns) / 1e6)
+    note(stream.topic, sorted(latencies_ms))
+
+
+def note(topic: str, latencies_ms: list[float]) -> None:
     if results := os.environ.get(RESULTS):
         with Path(results).open("a") as file:
-            file.write(json.dumps({"topic": stream.topic, "latencies_ms": sorted(latencies_ms)}) + "\n")
+            file.write(json.dumps({"topic": topic, "latencies_ms": latencies_ms}) + "\n")
 
 
-def show(lines):
+def show(lines: list[dict[str, Any]]) -> None:
     """The table. The first stream of each topic was alone, the second was not."""
     runs = {topic: [line["latencies_ms"] for line in lines if line["topic"] == topic] for topic in MODALITIES}
     print(f"{'':8}{'alone':>16}{'with the others':>20}    ms under way, p50 / p99")
@@ -101,36 +108,42 @@ def show(lines):
         print(f"{topic:8}{cells[0]:>16}{cells[1]:>20}")
 
 
-async def main():
+async def join(url: str, token: str, tls: ClientTls) -> None:
+    """Works as an agent until everything was sent."""
+    joined = asyncio.create_task(agent.run(url, token=token, tls=tls))
+    await asyncio.wait((joined, asyncio.create_task(done.wait())), return_when=asyncio.FIRST_COMPLETED)
+    joined.cancel()
+
+
+def main() -> None:
     logs.configure("warning")
     with tempfile.TemporaryDirectory() as folder:
         state, results = Path(folder, "state"), Path(folder, "results")
-        consumers = ", ".join(f"{topic}={Path(__file__).resolve()}:take" for topic in MODALITIES)
         environ = {
             **os.environ,
             "QUORATE_STATE_DIR": str(state),
             "QUORATE_LISTEN": "127.0.0.1:0",
             "QUORATE_HTTP": "",
             "QUORATE_LOG_FORMAT": "json",
-            "QUORATE_CONSUMERS": consumers,
+            "QUORATE_CONSUMERS": ", ".join(f"{topic}={Path(__file__).resolve()}:take" for topic in MODALITIES),
             RESULTS: str(results),
         }
         command = [sys.executable, "-m", "quorate_coordinator", "coordinator"]
-        with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as coordinator:
-            try:
-                for line in coordinator.stderr:
-                    if started := re.search(r'"listen": "127.0.0.1:(\d+)"', line):
-                        break
-                else:
-                    raise SystemExit("the coordinator did not start")
-                tls, token = ClientTls(state / "ca.pem"), (state / "token").read_text().strip()
-                joined = asyncio.create_task(agent.run(f"quic://127.0.0.1:{started[1]}", token=token, tls=tls))
-                await asyncio.wait((joined, asyncio.create_task(done.wait())), return_when=asyncio.FIRST_COMPLETED)
-                joined.cancel()
-            finally:
-                coordinator.terminate()
+        coordinator = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)  # noqa: S603  our own
+        assert coordinator.stderr is not None
+        try:
+            log = ""
+            while not (started := re.search(r'"listen": "127.0.0.1:(\d+)"', log)):
+                if not (line := coordinator.stderr.readline()):
+                    raise SystemExit(f"the coordinator did not start:\n{log}")
+                log += line
+            token = (state / "token").read_text().strip()
+            asyncio.run(join(f"quic://127.0.0.1:{started[1]}", token, ClientTls(state / "ca.pem")))
+        finally:
+            coordinator.terminate()
+            coordinator.communicate()
         show([json.loads(line) for line in results.read_text().splitlines()])
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()
