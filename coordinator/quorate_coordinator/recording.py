@@ -57,12 +57,15 @@ class Recording:
             return None
         began_at = time.monotonic()
         journal = Journal.open(settings.state_dir / JOURNAL_NAME, sync=settings.journal.sync)
+        reader: JournalReader | None = None
         try:
             reader = JournalReader(journal.file)
             recovered = recover(reader, make_learner, restore_learner, remembered_max=settings.rounds.remembered_max)
             for opened in recovered.cut_off:
                 journal.append(interrupt(opened, "the coordinator died while it was open"), at=time.time())
         except BaseException:
+            if reader is not None:
+                reader.close()
             journal.close(0.0)
             raise
         log.info(

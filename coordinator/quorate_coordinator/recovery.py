@@ -75,8 +75,7 @@ def recover(
             closed[record.round] = record
         ledger.replay(record)
     awaiting = tuple(reader.awaiting_truth(remembered_max))
-    for round_ in awaiting:
-        ledger.recall(round_)
+    ledger.recalled(awaiting)
     return Recovered(ledger, awaiting, tuple(reader.open_rounds()), reader.next_round(), replayed)
 
 

@@ -23,7 +23,7 @@ from quorate_coordinator.cli.common import (
     QuorumOption,
     TokenFileOption,
 )
-from quorate_protocol.client import Client
+from quorate_protocol.client import Replies
 from quorate_protocol.errors import CallFailed, FrameMalformed, LinkError, Refused
 from quorate_protocol.messages import AgentResult, Outcome
 
@@ -87,10 +87,12 @@ def ask(
         }
         value = common.read_json("JSON", body)
 
+    aloud = _Aloud(as_json=json_output or not sys.stdout.isatty())
+
     async def call() -> Outcome:
         async with await common.connect(coordinator, token_file, ca) as client:
             if stream:
-                return await _ask_aloud(client, task, value, wanted, as_json=json_output or not sys.stdout.isatty())
+                return await aloud.ask(client.ask_stream(task, value, **wanted))
             return await client.ask(task, value, **wanted)
 
     outcome = common.run(_retry(call, retry_s))
@@ -123,16 +125,30 @@ async def _retry(call: Callable[[], Awaitable[Outcome]], retry_s: float) -> Outc
         pause_s = min(2 * pause_s, _RETRY_PAUSE_S_MAX)
 
 
-async def _ask_aloud(client: Client, task: str, value: Any, wanted: dict[str, Any], *, as_json: bool) -> Outcome:
-    """Asks, and shows each part as it ends."""
-    began_at = time.monotonic()
-    async with client.ask_stream(task, value, **wanted) as replies:
-        async for result in replies:
-            if as_json:
-                typer.echo(common.json_text({"part": _result_json(result)}))
-            else:
-                _print_part(result, time.monotonic() - began_at)
-        return replies.outcome
+class _Aloud:
+    """Shows each part of a round as it ends; once, however often the round is asked for."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._began_at = time.monotonic()
+        self._round: int | None = None
+        self._shown: set[str] = set()
+
+    async def ask(self, asked: Replies) -> Outcome:
+        async with asked as replies:
+            async for result in replies:
+                if replies.round != self._round:
+                    self._round, self._shown = replies.round, set()
+                if result.agent not in self._shown:
+                    self._shown.add(result.agent)
+                    self._show(result)
+            return replies.outcome
+
+    def _show(self, result: AgentResult) -> None:
+        if self._as_json:
+            typer.echo(common.json_text({"part": _result_json(result)}))
+        else:
+            _print_part(result, time.monotonic() - self._began_at)
 
 
 def _print_part(result: AgentResult, elapsed_s: float) -> None:
