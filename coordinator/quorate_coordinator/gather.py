@@ -105,6 +105,9 @@ class Recorder(Protocol):
     def find_key(self, key: str) -> RoundClosed | None:
         """The last round that was closed under a key."""
 
+    def has_truth(self, round_id: int) -> bool:
+        """Whether the truth of a round is recorded."""
+
 
 class Gatherer:
     """Opens rounds, gathers replies, answers calls."""
@@ -212,6 +215,11 @@ class Gatherer:
         try:
             self.handle(TruthRevealed(request_id, reveal.round, reveal.truth))
             return await future
+        except CallFailed as error:
+            if self._recorder is None or error.reason != "unknown-round" or not self._recorder.has_truth(reveal.round):
+                raise
+            # Told to an earlier run, say, that died before it could answer.
+            raise CallFailed("already-revealed", f"the truth of round {reveal.round} has been told before") from None
         finally:
             del self._reveals[request_id]
 

@@ -107,6 +107,15 @@ class Recording:
             raise CallFailed("not-recorded", f"whether {key!r} was asked before cannot be told: {error}") from error
         return None if known is None else known.closed
 
+    def has_truth(self, round_id: int) -> bool:
+        """Whether the truth of a round is recorded; False also where the journal cannot be read."""
+        try:
+            known = self._reader.find_round(round_id)
+        except JournalUnusable as error:
+            log.error("journal_unreadable", problem=str(error))
+            return False
+        return known is not None and known.truth is not None
+
     # --- life ---
 
     async def prune_for_ever(self, settings: Settings, awaiting: Callable[[], Collection[int]]) -> None:
