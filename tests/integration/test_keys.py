@@ -139,6 +139,19 @@ async def test_a_withdrawal_counts_where_the_connection_ends_right_after(fleet: 
         await until(lambda: gated.running == 0)
 
 
+async def test_a_stream_that_is_left_is_withdrawn_where_the_connection_is_closed_at_once(
+    fleet: Fleet, gated: Gated
+) -> None:
+    await fleet.join(echo("b"))
+    operator = await fleet.operator()
+    async with operator.ask_stream("echo", 1, key="k", quorum=1.0) as replies:
+        async for _ in replies:
+            break
+    # The loop has not had a turn since.
+    await operator.close()
+    await until(lambda: closed(fleet) == {"cancelled": 1})
+
+
 async def test_a_round_that_was_withdrawn_frees_its_key_at_once(fleet: Fleet, gated: Gated) -> None:
     operator = await fleet.operator()
     for number in range(1, 11):

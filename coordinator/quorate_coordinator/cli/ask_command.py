@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from quorate_coordinator.cli import common
@@ -61,7 +62,11 @@ def ask(
     ] = None,
     retry: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Ask again, for so long, when the coordinator is busy or cannot be reached."),
+        typer.Option(
+            metavar="TIME",
+            help="Ask again, for so long, when the coordinator is busy or cannot be reached. Without --key, under a "
+            "key of its own: it stays one round.",
+        ),
     ] = None,
     json_output: JsonOption = False,
     token_file: TokenFileOption = None,
@@ -146,7 +151,7 @@ class _Aloud:
 
     def _show(self, result: AgentResult) -> None:
         if self._as_json:
-            typer.echo(common.json_text({"part": _result_json(result)}))
+            typer.echo(common.json_text({"round": self._round, "part": _result_json(result)}))
         else:
             _print_part(result, time.monotonic() - self._began_at)
 
@@ -167,7 +172,7 @@ def _show(outcome: Outcome, *, json_output: bool, was_streamed: bool) -> None:
     elif json_output:
         common.print_json(_outcome_json(outcome))
     elif sys.stdout.isatty():
-        _print_outcome(outcome)
+        _print_outcome(outcome, has_table=not was_streamed)
     elif outcome.state in ANSWERED:
         with common.errors_shown():
             common.print_json(common.as_json(outcome.value))
@@ -212,11 +217,25 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1000, 3)
 
 
-def _print_outcome(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome, *, has_table: bool = True) -> None:
     console = Console()
     if outcome.state in ANSWERED:
         with common.errors_shown():
             console.print(Text(common.json_text(common.as_json(outcome.value)), style="bold green"))
+    if has_table:
+        console.print(_table_of(outcome))
+    support = "" if outcome.support is None else f" · support {outcome.support:.0%}"
+    replied = sum(result.status == "replied" for result in outcome.results)
+    console.print(
+        f"round {outcome.round} {outcome.state} in {outcome.duration_s * 1000:.1f} ms · "
+        f"{replied} of {len(outcome.results)} replied, quorum {outcome.quorum}{support}",
+        highlight=False,
+        style="dim",
+    )
+
+
+def _table_of(outcome: Outcome) -> Table:
+    """A line for each agent."""
     table = common.plain_table()
     table.add_column("agent", overflow="fold", min_width=12)
     table.add_column("status", no_wrap=True)
@@ -234,12 +253,4 @@ def _print_outcome(outcome: Outcome) -> None:
             "-" if result.latency_s is None else f"{result.latency_s * 1000:.1f}",
             f"{result.compute_s * 1000:.1f}" if answered else "-",
         )
-    console.print(table)
-    support = "" if outcome.support is None else f" · support {outcome.support:.0%}"
-    replied = sum(result.status == "replied" for result in outcome.results)
-    console.print(
-        f"round {outcome.round} {outcome.state} in {outcome.duration_s * 1000:.1f} ms · "
-        f"{replied} of {len(outcome.results)} replied, quorum {outcome.quorum}{support}",
-        highlight=False,
-        style="dim",
-    )
+    return table
