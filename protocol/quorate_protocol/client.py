@@ -73,7 +73,7 @@ class Client:
         """Connects and says hello.
 
         Args:
-            url: `quic://HOST[:PORT]`.
+            url: `quic://HOST[:PORT]`, or `memory:NAME` for a coordinator in this process.
             token: the coordinator's bearer token.
             tls: whom to trust; None trusts the system's authorities.
             name: how the coordinator's log names this client; None makes one up.
