@@ -18,7 +18,7 @@ from quorate_coordinator.asking import Asking, Listener
 from quorate_coordinator.idempotency import Keys, check_same, digest_of, is_final
 from quorate_coordinator.journal.records import Record, RoundClosed
 from quorate_coordinator.learner.api import Experience, Learner
-from quorate_coordinator.ledger import Announcement, LearnerFailed, Ledger, Question, book_outcome_of, outcome_of
+from quorate_coordinator.ledger import Announcement, Ledger, Question, as_told, book_outcome_of, outcome_of
 from quorate_coordinator.planning import Candidates, Planner
 from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits, RoundBook
@@ -32,9 +32,6 @@ from quorate_coordinator.rounds.events import (
     RoundCancelled,
     TimerFired,
     TruthRevealed,
-)
-from quorate_coordinator.rounds.instructions import (
-    AgentResult as BookResult,
 )
 from quorate_coordinator.rounds.instructions import (
     AnnounceDrained,
@@ -57,7 +54,6 @@ from quorate_protocol.bodies import decode_body
 from quorate_protocol.errors import CallFailed, ConfigurationError, FrameMalformed
 from quorate_protocol.limits import CONNECTIONS_MAX
 from quorate_protocol.messages import (
-    AgentResult,
     Ask,
     Assignment,
     Cancellation,
@@ -108,6 +104,9 @@ class Recorder(Protocol):
 
     def find_key(self, key: str) -> RoundClosed | None:
         """The last round that was closed under a key."""
+
+    def has_truth(self, round_id: int) -> bool:
+        """Whether the truth of a round is recorded."""
 
 
 class Gatherer:
@@ -166,8 +165,14 @@ class Gatherer:
         """What combines and learns."""
         return self.ledger.learner
 
-    def recall(self, awaiting: Iterable[RoundClosed]) -> None:
-        """Remembers rounds of earlier runs, oldest first, for their truth. Before any other call."""
+    def recall(self, awaiting: Iterable[RoundClosed], replayed: int) -> None:
+        """Takes up what earlier runs left. Before any other call.
+
+        Args:
+            awaiting: rounds whose truth may come, oldest first.
+            replayed: records that no checkpoint covers: however often a coordinator dies, they must not pile up.
+        """
+        self._rounds_since_checkpoint = replayed
         for closed in awaiting:
             for instruction in self.book.recall(book_outcome_of(closed)):
                 self._carry_out(instruction)
@@ -214,6 +219,11 @@ class Gatherer:
         try:
             self.handle(TruthRevealed(request_id, reveal.round, reveal.truth))
             return await future
+        except CallFailed as error:
+            if self._recorder is None or error.reason != "unknown-round" or not self._recorder.has_truth(reveal.round):
+                raise
+            # Told to an earlier run, say, that died before it could answer.
+            raise CallFailed("already-revealed", f"the truth of round {reveal.round} has been told before") from None
         finally:
             del self._reveals[request_id]
 
@@ -313,7 +323,7 @@ class Gatherer:
         asking = self._asks.pop(request_id, None)
         if asking is not None:
             if asking.question.key is not None:
-                self._keys.drop(asking.question.key)
+                self._keys.drop(asking.question.key, request_id)
             asking.fail(error)
         revealing = self._reveals.get(request_id)
         if revealing is not None and not revealing.done():
@@ -347,7 +357,7 @@ class Gatherer:
                 self._fleet.send(instruction.agents, frame, is_assignment=True)
             case TellPart(request_id, round_id, result):
                 if (asking := self._asks.get(request_id)) is not None:
-                    asking.tell(Part(round=round_id, result=_as_told(result)))
+                    asking.tell(Part(round=round_id, result=as_told(result)))
             case SendCancellation():
                 frame = Cancellation(round=instruction.round, reason=clip_text(instruction.reason)).to_frame()
                 self._fleet.send(instruction.agents, frame)
@@ -402,7 +412,11 @@ class Gatherer:
             "round_closed", round=closed.round, task=closed.task, state=closed.state, duration_s=closed.duration_s
         )
         asking = self._asks.get(closed.request_id)  # none where its opening could not be carried out
-        record, outcome = self.ledger.close(closed, Question() if asking is None else asking.question)
+        question = Question() if asking is None else asking.question
+        record, outcome = self.ledger.close(closed, question)
+        if question.key is not None and not is_final(outcome):
+            # Whoever asks again from now on wants a new round, and not to hear how this one came to nothing.
+            self._keys.drop(question.key, closed.request_id)
         self._record(record, Announcement(closed.request_id, outcome))
 
     def _count_reply(self, agent: str, status: str) -> None:
@@ -415,14 +429,13 @@ class Gatherer:
                 del self.agent_replies_total[forgotten, old]
 
     def _learn(self, instruction: LearnTruth) -> None:
-        try:
-            record, revealed = self.ledger.learn(instruction)
-        except LearnerFailed:
-            number = instruction.outcome.round
-            message = f"the learner failed to learn from round {number}; the coordinator's log says more"
+        record, revealed = self.ledger.learn(instruction)
+        if revealed is not None:
+            self._record(record, Announcement(instruction.request_id, revealed))
+        else:
+            self._record(record)
+            message = f"the learner failed to learn from round {record.round}; the coordinator's log says more"
             self._answer_error(instruction.request_id, CallFailed("internal", message))
-            return
-        self._record(record, Announcement(instruction.request_id, revealed))
 
     # --- recording ---
 
@@ -434,10 +447,9 @@ class Gatherer:
             return
         seq = self._last_seq = self._recorder.append(record, time.time())
         if announcement is not None:
+            self.ledger.hold(seq, announcement)
             if self.recording_problem:
                 self._answer_unrecorded(announcement)
-            else:
-                self.ledger.hold(seq, announcement)
         self._rounds_since_checkpoint += isinstance(record, RoundClosed)
         if self._rounds_since_checkpoint >= self._checkpoint_rounds:
             self.checkpoint()
@@ -447,7 +459,11 @@ class Gatherer:
         if self._recorder is not None and self._last_seq != self._checkpoint_seq:
             self._rounds_since_checkpoint = 0
             self._checkpoint_seq = self._last_seq
-            self._recorder.append_checkpoint(self._last_seq, self.learner.snapshot())
+            try:
+                self._recorder.append_checkpoint(self._last_seq, self.learner.snapshot())
+            except Exception:
+                # The records are there: a restart takes longer, and that is all.
+                log.exception("checkpoint_failed", seq=self._last_seq)
 
     def committed(self, seq: int) -> None:
         """The journal has made all records up to `seq` durable."""
@@ -460,7 +476,7 @@ class Gatherer:
         """Records cannot be made durable: nothing is taken until they can, and who waits is told."""
         log.error("recording_failed", problem=problem)
         self.recording_problem = problem
-        for announcement in self.ledger.give_up():
+        for announcement in self.ledger.unannounced():
             self._answer_unrecorded(announcement)
 
     def recording_recovered(self) -> None:
@@ -479,25 +495,16 @@ class Gatherer:
         if asking is None:
             return
         if asking.question.key is not None:
-            self._keys.keep(asking.question.key, answer)
+            self._keys.keep(asking.question.key, announcement.request_id, answer)
         asking.answer(answer)
 
     def _answer_unrecorded(self, announcement: Announcement) -> None:
-        number = announcement.answer.round
-        message = (
-            f"round {number} is over, but that cannot be recorded now: {self.recording_problem}; "
-            "ask again later (under the same key, if it has one)"
-        )
-        self._answer_error(announcement.request_id, CallFailed("not-recorded", message, retry=True))
-
-
-def _as_told(result: BookResult) -> AgentResult:
-    return AgentResult(
-        agent=result.agent,
-        status=result.status,
-        body=result.body,
-        error=clip_text(result.error),
-        latency_s=result.latency_s,
-        compute_s=result.compute_s,
-        waited_s=result.waited_s,
-    )
+        """Answers who waits. The announcement stays held: a key is that round's until it is known whether it lasts."""
+        number, why = announcement.answer.round, self.recording_problem
+        if isinstance(announcement.answer, Revealed):
+            message = f"the truth of round {number} is told, but that cannot be recorded now: {why}"
+            self._answer_error(announcement.request_id, CallFailed("not-recorded", message, retry=True))
+        elif (asking := self._asks.get(announcement.request_id)) is not None:
+            again = "ask again later" + ("" if asking.question.key is None else " under the same key")
+            message = f"round {number} is over, but that cannot be recorded now: {why}; {again}"
+            asking.fail(CallFailed("not-recorded", message, retry=True))

@@ -209,10 +209,10 @@ class Operators:
     async def _ask(self, channel: Channel, ask: Ask, operator: str) -> Message:
         """A round, from its opening to its outcome; its operator may give it up before."""
         told: asyncio.Queue[Opened | Part | None] = asyncio.Queue()  # bounded by the round's agents
-        asking = self._gatherer.ask(ask, operator, told.put_nowait if ask.stream else None)
+        listener = told.put_nowait if ask.stream else None
+        asking = self._gatherer.ask(ask, operator, listener)
         telling = asyncio.ensure_future(_tell(channel, told))
         watching = asyncio.ensure_future(channel.receive())
-        is_withdrawn = False
         try:
             await asyncio.wait((asking.outcome, watching, telling), return_when=asyncio.FIRST_COMPLETED)
             if not asking.outcome.done():
@@ -225,21 +225,29 @@ class Operators:
             told.put_nowait(None)
             await telling
             return outcome
-        except (StreamError, ProtocolError):
-            is_withdrawn = True
-            raise
         finally:
-            # First of all: the connection's end cancels this once more while it waits.
-            if is_withdrawn:
-                asking.withdraw()
+            # First of all: the connection's end cancels this once more while it waits. Who resets the call
+            # withdraws it, also where the connection ends right after.
+            if _is_withdrawn(watching, telling):
+                asking.withdraw(listener)
             else:
-                asking.leave()
+                asking.leave(listener)
             for task in (watching, telling):
                 task.cancel()
             await asyncio.wait((watching, telling))
             for task in (watching, telling):
                 if not task.cancelled():
                     task.exception()
+
+
+def _is_withdrawn(watching: "asyncio.Future[Message | None]", telling: "asyncio.Future[None]") -> bool:
+    """Whether the operator has reset or stopped the call's stream, or broken the protocol on it."""
+    for task in (watching, telling):
+        if task.done() and not task.cancelled():
+            error = task.exception()
+            if isinstance(error, StreamError | ProtocolError) or (error is None and task.result() is not None):
+                return True
+    return False
 
 
 async def _tell(channel: Channel, told: "asyncio.Queue[Opened | Part | None]") -> None:
