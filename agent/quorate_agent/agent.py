@@ -17,6 +17,7 @@ Sync handlers run in threads, so that heartbeats go on, or in processes of their
 they go on whatever the handlers do; async ones run on the event loop and must not block it.
 """
 
+import inspect
 import math
 import re
 import threading
@@ -24,20 +25,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from quorate_agent.events import StartAssignment, StartFeedback
 from quorate_agent.handlers import AgentInvalid, HandlerFunction, inspect_handler
 from quorate_agent.source import Source
+from quorate_protocol.errors import Code, ConnectionClosed
 from quorate_protocol.limits import LABELS_MAX, TASKS_MAX, TEXT_CHARS_MAX
 from quorate_protocol.messages import Name
 
 if TYPE_CHECKING:
-    from quorate_protocol.transport import ClientTls  # with all its cryptography, which defining an agent does not need
+    # With all their cryptography, which defining an agent does not need.
+    from quorate_agent.streams import Background, OwnStream, StreamsSource
+    from quorate_protocol.transport import ClientTls, Priority
 
 F = TypeVar("F", bound=HandlerFunction)
+B = TypeVar("B", bound="Background")
 
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
@@ -46,6 +51,10 @@ CONCURRENCY_MAX = 256
 
 #: Processes of one agent: each holds an interpreter and a copy of all that the agent's module loads.
 PROCESSES_MAX: Final = 64
+
+
+def _no_link() -> Any:
+    raise ConnectionClosed(Code.NO_ERROR, "there is no link to the coordinator now")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +73,35 @@ class Context:
     #: Set when nobody waits for the answer any more. A sync handler that runs long looks at it now
     #: and then (`context.cancelled.is_set()`); an async one gets `asyncio.CancelledError` as well.
     cancelled: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+    #: Streams that were opened by this context.
+    opened: "list[OwnStream]" = field(default_factory=list, repr=False, compare=False)
+    #: Gives the streams of the present link.
+    streams: "StreamsSource" = field(default=_no_link, repr=False, compare=False)
+
+    async def open_stream(self, topic: str, *, priority: "Priority | None" = None) -> "OwnStream":
+        """Opens a stream of this agent's own that goes along with the round. For async handlers alone.
+
+        It is given up when the round is cancelled. `priority` is its sending class; None is NORMAL.
+
+        Raises:
+            ConnectionClosed: there is no link now.
+        """
+        stream = await self.streams().open_stream(topic, priority=priority, round=self.round)
+        self.opened.append(stream)
+        return stream
 
     @classmethod
-    def of(cls, start: StartAssignment | StartFeedback, agent_id: str, cancelled: threading.Event) -> "Context":
+    def of(
+        cls,
+        start: StartAssignment | StartFeedback,
+        agent_id: str,
+        cancelled: threading.Event,
+        streams: "StreamsSource" = _no_link,
+    ) -> "Context":
         """What the handler of this work is told."""
         if isinstance(start, StartFeedback):
-            return cls(start.round, start.task, agent_id, cancelled=cancelled)
-        return cls(start.round, start.task, agent_id, start.attempt, start.deadline, cancelled)
+            return cls(start.round, start.task, agent_id, cancelled=cancelled, streams=streams)
+        return cls(start.round, start.task, agent_id, start.attempt, start.deadline, cancelled, streams=streams)
 
     @property
     def remaining_s(self) -> float:
@@ -114,6 +145,7 @@ class Agent:
         self.source: Source | None = None
         self._handlers: dict[str, HandlerFunction] = {}
         self._feedback_handlers: dict[str, HandlerFunction] = {}
+        self._backgrounds: list[Background] = []
 
     def __repr__(self) -> str:
         return f"Agent({self.name!r}, tasks={list(self._handlers)})"
@@ -132,6 +164,11 @@ class Agent:
     def feedback_handlers(self) -> Mapping[str, HandlerFunction]:
         """Task → the feedback function that was registered, as it was written. Read-only."""
         return MappingProxyType(self._feedback_handlers)
+
+    @property
+    def backgrounds(self) -> "tuple[Background, ...]":
+        """What runs beside the handlers while there is a link."""
+        return tuple(self._backgrounds)
 
     def task(self, name: str) -> Callable[[F], F]:
         """Registers a handler of `(body)` or `(body, context)`, sync or async, whose return value is the answer.
@@ -184,6 +221,26 @@ class Agent:
         """
         self.processes = check_processes(processes)
         self.concurrency = max(self.concurrency, processes)
+
+    def background(self, function: B) -> B:
+        """Registers an async function of `(streams)` that runs while there is a link: sensors, say.
+
+        It is started anew with each link and cancelled at its end::
+
+            @agent.background
+            async def camera(streams):
+                async with await streams.open_stream("video", priority=Priority.LOW) as stream:
+                    while True:
+                        await stream.send(await grab())
+
+        Raises:
+            AgentInvalid: it is no async function of one argument.
+        """
+        is_async = inspect.iscoroutinefunction(function)
+        if not is_async or len(inspect.signature(function).parameters) != 1:
+            raise AgentInvalid(f"background {_name_of(function)} must be an async function of one argument, (streams)")
+        self._backgrounds.append(function)
+        return function
 
     def check(self) -> None:
         """Whether the agent can start.

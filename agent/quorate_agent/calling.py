@@ -47,6 +47,10 @@ async def call_async(handler: Handler, start: Start, context: Context) -> Ended:
         return _returned(handler, start, result, clock)
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is, it is the handler's
         return _raised(handler, start, error, clock)
+    finally:
+        if context.cancelled.is_set():
+            for stream in context.opened:
+                stream.give_up()
 
 
 class Stopwatch:

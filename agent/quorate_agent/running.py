@@ -12,6 +12,7 @@ from quorate_agent.events import HandlerFailed, StartAssignment
 from quorate_agent.handlers import AgentInvalid, Handler, inspect_handler
 from quorate_agent.processes import ProcessPool
 from quorate_agent.source import find_source
+from quorate_agent.streams import StreamsSource
 from quorate_agent.threads import HandlerThreads
 
 log = structlog.get_logger()
@@ -25,6 +26,7 @@ class HandlerRunner:
         agent_id: What handlers are told that they are.
         concurrency: Assignments that may run at once.
         emit: Called in the loop, once for each start, later than that.
+        streams: Gives handlers the streams of the present link.
         queued: How much work waits for what runs to end.
 
     Raises:
@@ -37,9 +39,11 @@ class HandlerRunner:
         agent_id: str,
         concurrency: int,
         emit: Callable[[Ended], None],
+        streams: StreamsSource,
         queued: Callable[[], int] = lambda: 0,
     ) -> None:
         self._agent_id = agent_id
+        self._streams = streams
         self._emit = emit
         self._loop = asyncio.get_running_loop()
         self._task_handlers = {
@@ -88,7 +92,7 @@ class HandlerRunner:
             self._pool.start(start)
             return
         flag = self._flags[start.work] = threading.Event()
-        context = Context.of(start, self._agent_id, flag)
+        context = Context.of(start, self._agent_id, flag, self._streams)
         if handler.is_async:
             task = self._loop.create_task(
                 call_async(handler, start, context), name=f"{handler.kind} {start.task} of round {start.round}"

@@ -176,6 +176,20 @@ async def test_token_and_authorities_may_be_named(peer: Peer, folder: Path) -> N
         assert (await peer.connected()).hello.token == "from-environment"
 
 
+async def test_an_agent_that_is_drained_for_good_exits_as_after_a_signal(peer: Peer, folder: Path) -> None:
+    async with running(peer, folder) as agent:
+        session = await peer.joined(secret="hush-hush")
+        session.ask(1, "x")
+        session.send(session.control, Drain(reason="scaling down", stop=True))
+        assert await session.answer() == "x"
+        await session.expect_goodbye()
+        code, out, err = await agent.end()
+    assert (code, out) == (0, "")
+    (ending,) = [entry for entry in logged(err) if entry["event"] == "agent_ended"]
+    assert (ending["why"], ending["reason"]) == ("stopped", "scaling down")
+    assert "hush-hush" not in err
+
+
 async def stuck_session(peer: Peer, task: str) -> PeerSession:
     """An agent of which a handler runs that never ends."""
     session = await peer.joined(pulse_s=0.02)

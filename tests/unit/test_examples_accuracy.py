@@ -133,14 +133,13 @@ class TestExamples:
 
     def test_the_directory_lists_every_example(self) -> None:
         files = {path.name for path in examples_directory().glob("*.py")}
-        assert files == {*CLASSIFIERS.values(), "echo.py", "primes.py", "prequential.py"}
+        assert files == {*CLASSIFIERS.values(), "echo.py", "multimodal.py", "primes.py", "prequential.py"}
         readme = Path(examples_directory(), "README.md").read_text(encoding="utf-8")
         assert [file for file in sorted(files) if f"`{file}`" not in readme] == []
 
     async def test_echo(self) -> None:
         agent = load_example_attribute("echo.py")
         assert await agent.handlers["echo"]({"any": ["body"]}) == {"any": ["body"]}
-
 
     def test_primes(self) -> None:
         agent = load_example_attribute("primes.py")
