@@ -21,7 +21,9 @@ from quorate_agent.events import HandlerDeclined, HandlerFailed, HandlerReturned
 from quorate_agent.loading import load_agent
 from quorate_agent.running import HandlerRunner
 from quorate_agent.source import find_source
+from quorate_agent.streams import OwnStreams
 from quorate_protocol.bodies import decode_body, encode_body
+from quorate_protocol.errors import Code, ConnectionClosed
 from quorate_protocol.limits import BODY_BYTES_MAX
 
 #: Over anything that happens in time; a test that waits so long has failed.
@@ -107,6 +109,10 @@ def logged() -> Iterator[list[Any]]:
         yield entries
 
 
+def no_link() -> OwnStreams:
+    raise ConnectionClosed(Code.NO_ERROR)
+
+
 class Runner:
     """A runner of an agent with processes, and the ends that it has told."""
 
@@ -115,7 +121,9 @@ class Runner:
         #: How often it was asked for the above.
         self.asked = 0
         self.ended: asyncio.Queue[Ended] = asyncio.Queue()
-        self.runner = HandlerRunner(agent, "agent-1", agent.concurrency, self.ended.put_nowait, self._count_queued)
+        self.runner = HandlerRunner(
+            agent, "agent-1", agent.concurrency, self.ended.put_nowait, no_link, self._count_queued
+        )
         self._works = 0
 
     def _count_queued(self) -> int:

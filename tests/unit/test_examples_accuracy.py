@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quorate_agent import Declined
+from quorate_agent import Context, Declined
 from quorate_coordinator.demo.examples import CLASSIFIERS, TASK, examples_directory, load_example
 from quorate_coordinator.demo.in_process import Prediction, run_in_process
 from quorate_coordinator.learner.datasets import DATASETS, instances
