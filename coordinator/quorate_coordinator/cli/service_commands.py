@@ -102,7 +102,7 @@ def demo(
 @contextlib.contextmanager
 def _demo_errors_shown() -> Iterator[None]:
     """As `common.errors_shown`; when a process of the demo has ended, with the end of its log."""
-    from quorate_coordinator.demo.run import DemoFailed
+    from quorate_coordinator.demo.processes import DemoFailed
 
     with common.errors_shown():
         try:
