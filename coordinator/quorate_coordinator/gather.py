@@ -137,9 +137,9 @@ class Gatherer:
         self._rounds_since_checkpoint = 0
         #: Numbers of the last record, and of the last that a checkpoint covers.
         self._last_seq = self._checkpoint_seq = 0
-        #: Number of the last record that is durable; and how many became so since the start.
+        #: Number of the last record that is durable; how many became so since the start, and in how many commits.
         self._committed_seq = first_seq - 1
-        self.records_total = 0
+        self.records_total = self.commits_total = 0
         self._observe_duration = observe_duration
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -469,6 +469,7 @@ class Gatherer:
         """The journal has made all records up to `seq` durable."""
         self.records_total += seq - self._committed_seq
         self._committed_seq = seq
+        self.commits_total += 1
         for announcement in self.ledger.committed(seq):
             self._announce(announcement)
 

@@ -41,6 +41,7 @@ CONTRACT = {
     ("quorate_journal_failing", "gauge", ()),
     ("quorate_journal_records", "counter", ()),
     ("quorate_journal_damaged", "counter", ()),
+    ("quorate_journal_commits", "counter", ()),
     ("quorate_journal_pending_bytes", "gauge", ()),
     ("quorate_journal_file_bytes", "gauge", ()),
     ("quorate_feedback", "counter", ("task",)),

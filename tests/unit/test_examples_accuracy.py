@@ -133,7 +133,7 @@ class TestExamples:
 
     def test_the_directory_lists_every_example(self) -> None:
         files = {path.name for path in examples_directory().glob("*.py")}
-        assert files == {*CLASSIFIERS.values(), "echo.py", "multimodal.py", "primes.py", "prequential.py"}
+        assert files == {*CLASSIFIERS.values(), "crowd.py", "echo.py", "multimodal.py", "primes.py", "prequential.py"}
         readme = Path(examples_directory(), "README.md").read_text(encoding="utf-8")
         assert [file for file in sorted(files) if f"`{file}`" not in readme] == []
 
