@@ -96,8 +96,11 @@ class Recorder(Protocol):
     def is_full(self) -> bool:
         """Whether so much waits to be written that nothing more should."""
 
-    def append(self, record: Record, at: float) -> int:
-        """Queues a record, made at `at` (Unix seconds); returns its number. `Gatherer.committed` is called later."""
+    def append(self, record: Record, at: float, *, hurried: bool) -> int:
+        """Queues a record, made at `at` (Unix seconds); returns its number. `Gatherer.committed` is called later.
+
+        One that is not hurried may wait for another to share a commit with.
+        """
 
     def append_checkpoint(self, seq: int, snapshot: bytes) -> None:
         """Queues the learner's state after all records up to `seq`."""
@@ -445,7 +448,7 @@ class Gatherer:
             if announcement is not None:
                 self._announce(announcement)
             return
-        seq = self._last_seq = self._recorder.append(record, time.time())
+        seq = self._last_seq = self._recorder.append(record, time.time(), hurried=announcement is not None)
         if announcement is not None:
             self.ledger.hold(seq, announcement)
             if self.recording_problem:

@@ -99,9 +99,9 @@ class Recording:
         """Whether so much waits to be written that nothing more should."""
         return self.journal.is_full
 
-    def append(self, record: Record, at: float) -> int:
+    def append(self, record: Record, at: float, *, hurried: bool) -> int:
         """Queues a record, made at `at` (Unix seconds); returns its number."""
-        return self.journal.append(record, at=at)
+        return self.journal.append(record, at=at, hurried=hurried)
 
     def append_checkpoint(self, seq: int, snapshot: bytes) -> None:
         """Queues the learner's state after all records up to `seq`."""
