@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-#: Part 3's promise: rounds a second that the journal may cost with sixteen in flight, in percent.
+#: Rounds a second that the journal may cost with sixteen in flight, in percent.
 JOURNAL_COST_PERCENT: Final = 15.0
 
 #: Agents in a crowd, and the processes that host them.
