@@ -12,6 +12,9 @@ FUZZ_SECONDS ?= 60
 # Seconds that `make simulate` looks for bugs, in fleets that nobody has simulated before.
 SIMULATE_SECONDS ?= 300
 
+# Seconds that `make kill` lasts; `make test` takes twelve of them.
+KILL_SECONDS ?= 60
+
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -35,8 +38,8 @@ GET_VENV := test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo 'Insta
 help: ## list the targets
 	@printf 'Quorate. Targets:\n\n'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PYTHON=%s VENV=%s ARGS="..." (for demo, test, fuzz, simulate and bench) FUZZ_SECONDS=%s SIMULATE_SECONDS=%s\n' \
-	    '$(PYTHON)' '$(VENV)' '$(FUZZ_SECONDS)' '$(SIMULATE_SECONDS)'
+	@printf '\nVariables: PYTHON=%s VENV=%s ARGS="..." (for demo, test, fuzz, kill, simulate and bench) FUZZ_SECONDS=%s KILL_SECONDS=%s SIMULATE_SECONDS=%s\n' \
+	    '$(PYTHON)' '$(VENV)' '$(FUZZ_SECONDS)' '$(KILL_SECONDS)' '$(SIMULATE_SECONDS)'
 
 .PHONY: demo
 demo: $(STAMP) ## one coordinator and six agents on a real data set (ARGS="--dataset phishing")
@@ -54,6 +57,11 @@ fuzz: $(STAMP) ## look for trouble in the wire and the transport (FUZZ_SECONDS=6
 .PHONY: simulate
 simulate: $(STAMP) ## look for bugs under virtual time, in fresh seeds (SIMULATE_SECONDS=300, ARGS="--agents 1000")
 	@$(BIN)/quorate simulate --budget $(SIMULATE_SECONDS)s $(ARGS)
+
+.PHONY: kill
+kill: $(STAMP) ## kill -9 coordinator and agents under load, then audit the journal (KILL_SECONDS=600 for longer; 60)
+	@[[ '$(KILL_SECONDS)' =~ ^[0-9]+([.][0-9]+)?$$ ]] || { echo 'KILL_SECONDS is a number of seconds, and not $(KILL_SECONDS)' >&2; exit 2; }
+	@QUORATE_KILL_SECONDS=$(KILL_SECONDS) $(BIN)/python -m pytest tests/faults/test_kill.py -s $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, the formatter's check, mypy

@@ -74,9 +74,12 @@ class PeerSession:
         self.hello = await self.from_control.next(Hello)
         return self.hello
 
-    async def welcome(self, session: str = "s-1", *, pulse_s: float = 0.05, lease_s: float = 30.0) -> None:
-        """Lets the agent in and takes its coordination stream."""
-        self.send(self.control, Welcome(session=session, pulse_s=pulse_s, lease_s=lease_s, software="peer"))
+    async def welcome(
+        self, session: str = "s-1", *, pulse_s: float = 0.05, lease_s: float = 30.0, **resumption: Any
+    ) -> None:
+        """Lets the agent in and takes its coordination stream. Without a `secret` its session dies with this link."""
+        welcome = Welcome(session=session, pulse_s=pulse_s, lease_s=lease_s, software="peer", **resumption)
+        self.send(self.control, welcome)
         async with asyncio.timeout(PATIENCE_S):
             self.coordination = await self.connection.accept_bi_stream()
         self.replies = MessageReader(self.coordination)

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 from prometheus_client.parser import text_string_to_metric_families
 
 from quorate_agent import Agent
+from quorate_coordinator.learner.api import Learner
 from quorate_coordinator.service import Coordinator
 from quorate_coordinator.settings import Settings
 from quorate_protocol.channel import Channel
 from quorate_protocol.client import Client
 from quorate_protocol.errors import ConnectionClosed
-from quorate_protocol.messages import AgentInfo, CoordinationOpened, Hello, Message, Role, Welcome
+from quorate_protocol.messages import AgentInfo, CoordinationOpened, Hello, Message, Resume, Role, Welcome
 from quorate_protocol.transport import BiStream, ClientTls, Connection, Priority, connect
 
 #: Over anything that happens in time; a test that waits so long has failed.
@@ -112,17 +113,27 @@ class RawPeer:
     async def open(self) -> BiStream:
         return await self.connection.open_bi_stream(Priority.HIGH)
 
-    async def hello(self, id: str = "raw", *, role: Role = "agent", tasks: tuple[str, ...] = ("echo",)) -> Welcome:
+    async def hello(
+        self,
+        id: str = "raw",
+        *,
+        role: Role = "agent",
+        tasks: tuple[str, ...] = ("echo",),
+        resume: Resume | None = None,
+    ) -> Welcome:
         """Says hello and reads the welcome."""
         self.control = Channel(await self.open())
-        await self.control.send(Hello(role=role, id=id, token=self.token, tasks=list(tasks)))
+        await self.control.send(Hello(role=role, id=id, token=self.token, tasks=list(tasks), resume=resume))
         return await self.take(self.control, Welcome)
 
-    async def join(self, id: str = "raw", *, tasks: tuple[str, ...] = ("echo",)) -> None:
+    async def join(
+        self, id: str = "raw", *, tasks: tuple[str, ...] = ("echo",), resume: Resume | None = None
+    ) -> Welcome:
         """Becomes an agent with its coordination stream open."""
-        welcome = await self.hello(id, tasks=tasks)
+        welcome = await self.hello(id, tasks=tasks, resume=resume)
         self.coordination = Channel(await self.open())
         await self.coordination.send(CoordinationOpened(session=welcome.session))
+        return welcome
 
     @staticmethod
     async def take(channel: Channel, kind: type[M]) -> M:
@@ -147,7 +158,9 @@ class RawPeer:
 
 
 @contextlib.asynccontextmanager
-async def coordinating(state_dir: Path, *, listen: str = "127.0.0.1:0", **sections: Any) -> AsyncIterator[Fleet]:
+async def coordinating(
+    state_dir: Path, *, listen: str = "127.0.0.1:0", learner: Learner | None = None, **sections: Any
+) -> AsyncIterator[Fleet]:
     """A coordinator on a free port. Sections of settings are dictionaries: `rounds={"deadline_s": 1.0}`.
 
     At the end nothing may be left of it: no task, no open descriptor.
@@ -155,7 +168,7 @@ async def coordinating(state_dir: Path, *, listen: str = "127.0.0.1:0", **sectio
     loop_tasks = asyncio.all_tasks()
     descriptors = open_descriptors()
     settings = Settings(**{"listen": listen, "http": "", "state_dir": state_dir, **sections})
-    async with Coordinator(settings) as coordinator:
+    async with Coordinator(settings, learner=learner) as coordinator:
         fleet = Fleet(coordinator, state_dir)
         try:
             yield fleet

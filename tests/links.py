@@ -7,6 +7,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quorate_coordinator.certificates import DevelopmentCredentials
@@ -127,6 +128,17 @@ def noise(count: int, seed: int = 0) -> bytes:
 def digest(data: bytes) -> str:
     """For comparing megabytes without printing them when they differ."""
     return f"{len(data)} bytes {hashlib.sha256(data).hexdigest()}"
+
+
+def open_files() -> list[str]:
+    """What the descriptors of this process lead to, deleted files among them."""
+    targets = []
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            targets.append(str(link.readlink()))
+        except FileNotFoundError:
+            continue  # the one of the listing itself
+    return targets
 
 
 def unread_bytes(stream: Any) -> int:

@@ -64,6 +64,11 @@ class Process:
         """What has come on its standard output."""
         return self._out.decode(errors="replace")
 
+    @property
+    def err_so_far(self) -> str:
+        """What has come on its standard error, up to the last whole line."""
+        return self._err.decode(errors="replace").rpartition("\n")[0]
+
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

@@ -21,6 +21,13 @@ class BacklogLimits:
     remembered_max: int = 16_384
     #: Bytes of those bodies.
     remembered_bytes_max: int = 64 << 20
+    #: Replies kept to be sent again over another link; the oldest are forgotten beyond it. Between two
+    #: pulses, when those that were delivered are forgotten, a fast agent makes some thousands: the oldest
+    #: of them have long arrived.
+    replies_max: int = 4096
+    #: Bytes of those replies: half of what may wait to be sent (`session.UNSENT_BYTES_MAX`), so that sending
+    #: all of them at once does not look like a coordinator that does not read.
+    replies_bytes_max: int = 32 << 20
 
 
 @dataclass(slots=True)

@@ -41,8 +41,12 @@ class Backoff:
         self.failures += 1
         return compute_delay_s(self.failures, self._rng, base_s=self._base_s, max_s=self._max_s)
 
-    def end_session(self, lived_s: float) -> float:
-        """A session ended after `lived_s` seconds. Returns the seconds to wait."""
+    def end_session(self, lived_s: float, *, at_once: bool = False) -> float:
+        """A session's link ended after `lived_s` seconds. Returns the seconds to wait.
+
+        With `at_once` that is none after the first failure: rounds wait for who can resume its session.
+        """
         if lived_s >= STABLE_SESSION_S:
             self.failures = 0
-        return self.fail()
+        delay_s = self.fail()
+        return 0.0 if at_once and self.failures == 1 else delay_s

@@ -1,15 +1,22 @@
 """The agent's core: a state machine without asyncio, sockets, threads or a clock.
 
 Theory of operation. The shell tells the core what happened (`handle`) and does what it is told.
-Two things live here:
+Three things live here:
 
-*The membership*, a table of states (`TRANSITIONS`)::
+*The membership*, a table of states (`states.TRANSITIONS`)::
 
     connecting ─LinkUp─> joining ─WelcomeReceived─> active ─DrainReceived or StopRequested─> draining
         ^                   │                          │                                        │
         └──── LinkDown ─────┴──────────────────────────┴── drained, when not asked to stop ─────┤
                                                                                                 v
       from anywhere: refused for good, replaced, stopped and drained ─────────────────────────> gone
+
+*The session*, which outlives its links. When a link breaks the session is suspended: handlers go on, the
+queue goes on, replies are kept. The next hello wants to resume it. Where it goes on, the replies that the
+coordinator does not have are sent again, in their order; assignments that come again and are known, by
+round and attempt, are not worked on twice. Where it does not, all that was under way is abandoned. An agent
+that is asked to stop while it is away finishes what it has and comes back to deliver it, until
+`DrainTimedOut`; `wants_link` says so.
 
 *The order of work.* Assignments and feedback wait in one queue, in the order of the stream. The head
 of the queue starts as soon as it may, and nothing overtakes it: an assignment when fewer than
@@ -22,72 +29,34 @@ must not run beside it.
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from quorate_agent import events as ev
 from quorate_agent.backlog import BacklogLimits, RememberedBodies, Work, WorkQueue
+from quorate_agent.reply_log import ReplyLog
+from quorate_agent.states import TRANSITIONS, WORK_EVENTS, State
 from quorate_protocol.messages import clip_text
-
-
-class State(Enum):
-    """Where the agent stands with its coordinator."""
-
-    CONNECTING = "connecting"
-    JOINING = "joining"
-    ACTIVE = "active"
-    DRAINING = "draining"
-    GONE = "gone"
-
-
-#: Events that move the membership: state × event → states it may lead to. What is not here changes nothing.
-TRANSITIONS: Final[dict[tuple[State, type], tuple[State, ...]]] = {
-    (State.CONNECTING, ev.ConnectFailed): (State.CONNECTING,),
-    (State.CONNECTING, ev.ConnectGivenUp): (State.GONE,),
-    (State.CONNECTING, ev.LinkUp): (State.JOINING,),
-    (State.CONNECTING, ev.StopRequested): (State.DRAINING, State.GONE),
-    (State.JOINING, ev.WelcomeReceived): (State.ACTIVE,),
-    (State.JOINING, ev.RefusalReceived): (State.CONNECTING, State.GONE),
-    (State.JOINING, ev.LinkDown): (State.CONNECTING, State.GONE),
-    (State.JOINING, ev.StopRequested): (State.DRAINING, State.GONE),
-    (State.ACTIVE, ev.LinkDown): (State.CONNECTING, State.GONE),
-    (State.ACTIVE, ev.DrainReceived): (State.DRAINING, State.CONNECTING),
-    (State.ACTIVE, ev.StopRequested): (State.DRAINING, State.GONE),
-    (State.DRAINING, ev.LinkDown): (State.DRAINING, State.CONNECTING, State.GONE),
-    (State.DRAINING, ev.StopRequested): (State.DRAINING, State.GONE),
-    (State.DRAINING, ev.DrainTimedOut): (State.CONNECTING, State.GONE),
-    (State.DRAINING, ev.HandlerReturned): (State.DRAINING, State.CONNECTING, State.GONE),
-    (State.DRAINING, ev.HandlerDeclined): (State.DRAINING, State.CONNECTING, State.GONE),
-    (State.DRAINING, ev.HandlerFailed): (State.DRAINING, State.CONNECTING, State.GONE),
-    (State.DRAINING, ev.CancellationReceived): (State.DRAINING, State.CONNECTING, State.GONE),
-}
-
-#: Events about work: they may come in any state, and move the membership only by what the table says of draining.
-_WORK_EVENTS: Final = frozenset(
-    {
-        ev.AssignmentReceived,
-        ev.CancellationReceived,
-        ev.FeedbackReceived,
-        ev.HandlerReturned,
-        ev.HandlerDeclined,
-        ev.HandlerFailed,
-    }
-)
 
 
 @dataclass(slots=True)
 class Counts:
     """What happened since the start; only grows."""
 
+    #: Not those that were known.
     assignments: int = 0
+    #: Assignments that came again and were known.
+    duplicates: int = 0
     replied: int = 0
     declined: int = 0
     failed: int = 0
-    #: Assignments whose reply nobody waited for: the round was cancelled or its deadline passed in the queue.
+    #: Assignments whose reply nobody waited for: the round was cancelled, its deadline passed in the queue, or
+    #: another attempt took its place.
     cancelled: int = 0
     #: Work that died with its session or with the agent.
     lost: int = 0
+    #: Replies of a session that was resumed that were not kept for long enough.
+    replies_lost: int = 0
     #: Feedback that its handler has finished.
     feedback: int = 0
     feedback_failed: int = 0
@@ -98,6 +67,19 @@ class Counts:
     #: Bodies that made room for newer ones.
     bodies_forgotten: int = 0
     sessions: int = 0
+    #: How often a session went on over another link.
+    resumed: int = 0
+
+
+@dataclass(slots=True)
+class _Session:
+    """A membership, with a link or suspended."""
+
+    name: str
+    #: Empty where it cannot be resumed.
+    secret: str = field(repr=False)
+    #: Frames that came on its coordination streams.
+    received: int = 0
 
 
 class AgentCore:
@@ -126,9 +108,15 @@ class AgentCore:
         self._concurrency = concurrency
         self._queue = WorkQueue(limits)
         self._remembered = RememberedBodies(limits)
+        self._replies = ReplyLog(limits)
         self._running: dict[int, Work] = {}
+        #: Assignments that wait or run and that somebody waits for: round to attempt.
+        self._attempts: dict[int, int] = {}
         self._work_ids = itertools.count(1)
-        #: Whether a session exists, so that replies have somewhere to go.
+        self._session: _Session | None = None
+        #: Whether there is a link, welcomed or not.
+        self._has_link = False
+        #: Whether the session has a link, so that replies have somewhere to go.
         self._is_linked = False
         #: Why this agent is to end for good; None while it is not.
         self._stop_reason: str | None = None
@@ -149,6 +137,18 @@ class AgentCore:
         """Rounds whose body is kept for feedback."""
         return len(self._remembered)
 
+    @property
+    def is_suspended(self) -> bool:
+        """Whether there is a session that has lost its link and may go on."""
+        return self._session is not None and not self._is_linked
+
+    @property
+    def wants_link(self) -> bool:
+        """Whether the shell is to connect: there is no link, and something to do with one."""
+        if self.state is State.DRAINING:
+            return not self._has_link and self._has_business()
+        return self.state is State.CONNECTING
+
     def handle(self, event: ev.Event, now: float) -> list[ev.Instruction]:
         """Takes in what happened. Returns what to do, in this order.
 
@@ -157,51 +157,93 @@ class AgentCore:
         """
         instructions: list[ev.Instruction] = []
         kind = type(event)
-        if self.state is not State.GONE and (kind in _WORK_EVENTS or (self.state, kind) in TRANSITIONS):
+        if self.state is not State.GONE and (kind in WORK_EVENTS or (self.state, kind) in TRANSITIONS):
             _HANDLERS[kind](self, event, now, instructions)
         return instructions
 
     # --- membership ------------------------------------------------------------------------------
 
     def _on_connect_failed(self, event: ev.ConnectFailed, now: float, out: list[ev.Instruction]) -> None:
-        out.append(ev.Reconnect(event.problem))
+        if not self._has_link:
+            out.append(ev.Reconnect(event.problem))
 
     def _on_connect_given_up(self, event: ev.ConnectGivenUp, now: float, out: list[ev.Instruction]) -> None:
-        self._end(ev.EndingKind.UNREACHABLE, event.problem, out)
+        if self._stop_reason is not None:
+            self._end(ev.EndingKind.STOPPED, self._stop_reason, out)
+        else:
+            self._end(ev.EndingKind.UNREACHABLE, event.problem, out)
 
     def _on_link_up(self, event: ev.LinkUp, now: float, out: list[ev.Instruction]) -> None:
-        self.state = State.JOINING
-        out.append(ev.SendHello())
+        if not self.wants_link:
+            return
+        self._has_link = True
+        if self.state is State.CONNECTING:
+            self.state = State.JOINING
+        session = self._session
+        resume = None if session is None else ev.Resume(session.name, session.secret, session.received)
+        out.append(ev.SendHello(resume))
 
     def _on_welcome(self, event: ev.WelcomeReceived, now: float, out: list[ev.Instruction]) -> None:
-        self.state = State.ACTIVE
+        if not self._has_link or self._is_linked:
+            return
+        if self.state is State.JOINING:
+            self.state = State.ACTIVE
         self._is_linked = True
-        self.counts.sessions += 1
         out.append(ev.OpenCoordination(event.session))
+        if event.resumed and self._session is not None:
+            self.counts.resumed += 1
+            again, missing = self._replies.resume(event.received)
+            if missing:
+                self.counts.replies_lost += missing
+                out.append(ev.Log("warning", "replies_not_kept", {"count": missing}))
+            out += again
+        else:
+            self._forget_session(out)
+            self.counts.sessions += 1
+            self._session = _Session(event.session, event.secret)
+        if self._stop_reason is not None:
+            out.append(ev.SendDrain(self._stop_reason))
+        self._continue(now, out)
 
     def _on_refusal(self, event: ev.RefusalReceived, now: float, out: list[ev.Instruction]) -> None:
+        if not self._has_link or self._is_linked:
+            return
+        self._has_link = False
         if event.retry:
-            self.state = State.CONNECTING
+            if self.state is State.JOINING:
+                self.state = State.CONNECTING
             out.append(ev.Reconnect(f"refused ({event.reason}): {event.message}"))
+        elif self._stop_reason is not None:
+            self._end(ev.EndingKind.STOPPED, self._stop_reason, out)
         else:
             self._end(ev.EndingKind.REFUSED, event.message, out, refusal=event.reason)
 
     def _on_link_down(self, event: ev.LinkDown, now: float, out: list[ev.Instruction]) -> None:
-        if self.state is State.DRAINING and not self._is_linked:
+        if not self._has_link:
             return
-        self._is_linked = False
-        self.counts.lost += self._abandon(lambda work: not work.is_feedback, out)
+        is_over = self._is_linked and (event.is_over or self._session is None or not self._session.secret)
+        self._has_link = self._is_linked = False
+        if is_over:
+            self._forget_session(out)
         if event.replaced:
             self._end(ev.EndingKind.REPLACED, event.reason, out)
-        elif self._stop_reason is None:
+            return
+        if self._stop_reason is None:
             self.state = State.CONNECTING
+        if self.wants_link:
             out.append(ev.Reconnect(event.reason))
         self._continue(now, out)
 
     def _on_drain(self, event: ev.DrainReceived, now: float, out: list[ev.Instruction]) -> None:
+        if self.state is State.DRAINING and (not event.stop or not self._is_linked or self._stop_reason is not None):
+            return
         self.state = State.DRAINING
         self._drain_reason = event.reason
-        out.append(ev.Log("info", "coordinator_drains", {"reason": event.reason}))
+        if event.stop:
+            self._stop_reason = event.reason or "an operator drained this agent"
+            out.append(ev.Log("info", "told_to_stop", {"reason": event.reason}))
+        else:
+            out.append(ev.Log("info", "coordinator_drains", {"reason": event.reason}))
         self._continue(now, out)
 
     def _on_stop(self, event: ev.StopRequested, now: float, out: list[ev.Instruction]) -> None:
@@ -210,41 +252,73 @@ class AgentCore:
         self._stop_reason = event.reason
         if self._is_linked:
             out.append(ev.SendDrain(event.reason))
-        elif self.state is State.JOINING:
+        elif self._has_link and not self._has_business():
+            self._has_link = False
             out.append(ev.CloseLink())
         self.state = State.DRAINING
         self._continue(now, out)
 
     def _on_drain_timed_out(self, event: ev.DrainTimedOut, now: float, out: list[ev.Instruction]) -> None:
-        unfinished = {"running": len(self._running), "queued": len(self._queue)}
+        unfinished = {"running": len(self._running), "queued": len(self._queue), "replies": len(self._replies)}
         out.append(ev.Log("warning", "drain_timed_out", unfinished))
         self.counts.lost += self._abandon(lambda work: self._stop_reason is not None or not work.is_feedback, out)
         self._depart(out)
+
+    def _has_business(self) -> bool:
+        """Whether the session, where it can be resumed, has or will have replies that may not have been delivered."""
+        can_resume = self._session is not None and bool(self._session.secret)
+        return can_resume and bool(self._attempts or len(self._replies))
 
     def _depart(self, out: list[ev.Instruction]) -> None:
         """Drained: leaves the session, for good when asked to stop, otherwise to come back later."""
         reason = self._stop_reason if self._stop_reason is not None else self._drain_reason
         if self._is_linked:
             out.append(ev.Leave(reason))
-            self._is_linked = False
+        self._has_link = self._is_linked = False
+        self._session = None
+        self._replies.begin()
         if self._stop_reason is not None:
             self._end(ev.EndingKind.STOPPED, reason, out)
         else:
             self.state = State.CONNECTING
             out.append(ev.Reconnect(f"coordinator drains: {reason}" if reason else "coordinator drains"))
 
+    def _forget_session(self, out: list[ev.Instruction]) -> None:
+        """The session is over, and nobody waits for what was under way in it."""
+        self.counts.lost += self._abandon(lambda work: not work.is_feedback, out)
+        self._session = None
+        self._replies.begin()
+
     def _end(self, kind: ev.EndingKind, reason: str, out: list[ev.Instruction], *, refusal: str = "") -> None:
         self.state = State.GONE
-        self._is_linked = False
+        self._has_link = self._is_linked = False
         self.counts.lost += self._abandon(lambda work: True, out)
         out.append(ev.Stop(kind, reason, refusal))
 
     # --- work ------------------------------------------------------------------------------------
 
     def _on_assignment(self, event: ev.AssignmentReceived, now: float, out: list[ev.Instruction]) -> None:
-        if not self._is_linked:
+        if not self._count_frame():
+            return
+        if self._attempts.get(event.round, 0) >= event.attempt or self._replies.has(event.round, event.attempt):
+            # Delivered again. A reply that is kept has been sent over this link.
+            self.counts.duplicates += 1
             return
         self.counts.assignments += 1
+        if event.round in self._attempts:
+            self.counts.cancelled += self._abandon(lambda work: work.round == event.round and not work.is_feedback, out)
+        self._take(event, now, out)
+        # One that was abandoned may have been all that there was to finish.
+        self._continue(now, out)
+
+    def _count_frame(self) -> bool:
+        """A frame came on the coordination stream; False when there is none."""
+        if not self._is_linked or self._session is None:
+            return False
+        self._session.received += 1
+        return True
+
+    def _take(self, event: ev.AssignmentReceived, now: float, out: list[ev.Instruction]) -> None:
         if event.task not in self._tasks:
             self._decline(event, f"this agent has no task {event.task!r}", out)
             return
@@ -265,15 +339,15 @@ class AgentCore:
             self._decline(event, f"queue full: {len(self._queue)} wait", out)
         else:
             self._queue.push(work)
-            self._continue(now, out)
+            self._attempts[work.round] = work.attempt
 
     def _on_cancellation(self, event: ev.CancellationReceived, now: float, out: list[ev.Instruction]) -> None:
-        if self._is_linked:
+        if self._count_frame():
             self.counts.cancelled += self._abandon(lambda work: work.round == event.round and not work.is_feedback, out)
             self._continue(now, out)
 
     def _on_feedback(self, event: ev.FeedbackReceived, now: float, out: list[ev.Instruction]) -> None:
-        if not self._is_linked or event.task not in self._feedback_tasks:
+        if not self._count_frame() or event.task not in self._feedback_tasks:
             return
         body = self._remembered.take(event.round, event.task)
         fields = {"round": event.round, "task": event.task}
@@ -306,8 +380,19 @@ class AgentCore:
             else:
                 self.counts.feedback_failed += 1
         elif not work.is_abandoned:
-            out.append(self._reply_of(work, event))
+            del self._attempts[work.round]
+            self._reply(self._reply_of(work, event), out)
         self._continue(now, out)
+
+    def _on_replies_delivered(self, event: ev.RepliesDelivered, now: float, out: list[ev.Instruction]) -> None:
+        if self._is_linked:
+            self._replies.delivered()
+
+    def _reply(self, reply: ev.SendReply, out: list[ev.Instruction]) -> None:
+        """Sends a reply now, or when the session has a link again."""
+        self._replies.put(reply)
+        if self._is_linked:
+            out.append(reply)
 
     def _reply_of(self, work: Work, event: ev.HandlerReturned | ev.HandlerDeclined | ev.HandlerFailed) -> ev.SendReply:
         waited_s = max(0.0, work.started_at - work.received_at)
@@ -339,17 +424,20 @@ class AgentCore:
 
     def _decline(self, event: ev.AssignmentReceived, reason: str, out: list[ev.Instruction]) -> None:
         self.counts.declined += 1
-        out.append(ev.SendReply(event.round, event.attempt, "declined", error=clip_text(reason)))
+        self._reply(ev.SendReply(event.round, event.attempt, "declined", error=clip_text(reason)), out)
 
     def _abandon(self, predicate: Callable[[Work], bool], out: list[ev.Instruction]) -> int:
         """Drops queued work and cancels running work for which the predicate holds; returns how much of it."""
-        count = len(self._queue.remove(predicate))
+        abandoned = self._queue.remove(predicate)
         for work in self._running.values():
             if not work.is_abandoned and predicate(work):
                 work.is_abandoned = True
                 out.append(ev.CancelHandler(work.id))
-                count += 1
-        return count
+                abandoned.append(work)
+        for work in abandoned:
+            if not work.is_feedback:
+                del self._attempts[work.round]
+        return len(abandoned)
 
     def _continue(self, now: float, out: list[ev.Instruction]) -> None:
         """Starts what may start; leaves when all is done and it is time to leave."""
@@ -359,13 +447,14 @@ class AgentCore:
                     break
             elif head.deadline <= now:
                 # The round is over at the coordinator too: its deadline began earlier than ours.
-                self._queue.pop()
+                del self._attempts[self._queue.pop().round]
                 self.counts.cancelled += 1
                 continue
             elif len(self._running) >= self._concurrency or any(w.is_feedback for w in self._running.values()):
                 break
             self._start(self._queue.pop(), now, out)
-        if self.state is State.DRAINING and not self._running and not self._queue:
+        is_drained = self.state is State.DRAINING and not self._running and not self._queue
+        if is_drained and (self._is_linked or not self._has_business()):
             self._depart(out)
 
     def _start(self, work: Work, now: float, out: list[ev.Instruction]) -> None:
@@ -388,6 +477,7 @@ _HANDLERS: Final[dict[type, Callable[[AgentCore, Any, float, list[ev.Instruction
     ev.CancellationReceived: AgentCore._on_cancellation,
     ev.FeedbackReceived: AgentCore._on_feedback,
     ev.DrainReceived: AgentCore._on_drain,
+    ev.RepliesDelivered: AgentCore._on_replies_delivered,
     ev.HandlerReturned: AgentCore._on_handler_ended,
     ev.HandlerDeclined: AgentCore._on_handler_ended,
     ev.HandlerFailed: AgentCore._on_handler_ended,

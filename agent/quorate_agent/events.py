@@ -51,6 +51,8 @@ class LinkDown:
     reason: str
     #: The peer closed it with the code `REPLACED`.
     replaced: bool = False
+    #: Whether the session is over with it: the coordinator said goodbye, or broke the protocol.
+    is_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,12 @@ class WelcomeReceived:
     """The coordinator let the agent in."""
 
     session: str
+    #: Whether this is the session that the hello wanted to resume.
+    resumed: bool = False
+    #: Replies of the session that the coordinator has.
+    received: int = 0
+    #: With what the session is resumed; empty where it cannot be.
+    secret: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +110,13 @@ class DrainReceived:
     """The coordinator sends no more assignments in this session."""
 
     reason: str = ""
+    #: Whether this agent is to end for good.
+    stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RepliesDelivered:
+    """The coordinator's transport has acknowledged every reply that was sent over this link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +172,7 @@ Event = (
     | CancellationReceived
     | FeedbackReceived
     | DrainReceived
+    | RepliesDelivered
     | HandlerReturned
     | HandlerDeclined
     | HandlerFailed
@@ -169,8 +185,20 @@ Event = (
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """The session to go on with."""
+
+    session: str
+    secret: str = field(repr=False)
+    #: Frames that came on the session's coordination streams.
+    received: int
+
+
+@dataclass(frozen=True, slots=True)
 class SendHello:
     """Send `hello` on the control stream."""
+
+    resume: Resume | None = None
 
 
 @dataclass(frozen=True, slots=True)

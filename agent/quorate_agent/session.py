@@ -1,4 +1,4 @@
-"""One session over one connection: its streams, and what comes and goes on them."""
+"""A session's time on one connection: its streams, and what comes and goes on them."""
 
 import asyncio
 import contextlib
@@ -44,15 +44,27 @@ SessionInstruction = ev.SendHello | ev.OpenCoordination | ev.SendReply | ev.Send
 
 
 class _SessionEnded(Exception):
-    """The session is to end for a reason that is no error of the transport."""
+    """The link is to end for a reason that is no error of the transport.
+
+    Args:
+        is_over: Whether the session ends with it.
+    """
+
+    def __init__(self, reason: str, *, code: Code = Code.LEASE_EXPIRED, is_over: bool = False) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.is_over = is_over
 
 
 class Session:
     """What an agent does with a connection, from the handshake until it is over.
 
+    It is closed with NO_ERROR when this agent does not want the session any more. Every other code leaves the
+    session to be resumed.
+
     Args:
         connection: Fresh; closed by `run`.
-        hello: The frame to begin with.
+        make_hello: Makes the frame to begin with, given what to resume.
         agent_id: For logs.
         apply: Takes the events of this session.
         welcomed: Called with the welcome when the session stands.
@@ -62,13 +74,13 @@ class Session:
         self,
         connection: Connection,
         *,
-        hello: bytes,
+        make_hello: Callable[[ev.Resume | None], bytes],
         agent_id: str,
         apply: Callable[[ev.Event], None],
         welcomed: Callable[[Welcome], None],
     ) -> None:
         self._connection = connection
-        self._hello = hello
+        self._make_hello = make_hello
         self._agent_id = agent_id
         self._apply = apply
         self._welcomed = welcomed
@@ -86,11 +98,13 @@ class Session:
             await self._hold_until_ending()
         except ProtocolError as error:
             code = error.code
-            down = ev.LinkDown(f"the coordinator broke the protocol: {error}")
+            down = ev.LinkDown(f"the coordinator broke the protocol: {error}", is_over=True)
         except (LinkError, StreamError) as error:
+            code = Code.LEASE_EXPIRED
             down = await self._explain(error)
         except _SessionEnded as ended:
-            down = ev.LinkDown(str(ended))
+            code = ended.code
+            down = ev.LinkDown(str(ended), is_over=ended.is_over)
         finally:
             await self._connection.close(code)
         self._apply(down)
@@ -100,8 +114,8 @@ class Session:
         match instruction:
             case ev.SendReply():
                 self._send_reply(instruction)
-            case ev.SendHello():
-                self._send(self._control, self._hello)
+            case ev.SendHello(resume):
+                self._send(self._control, self._make_hello(resume))
             case ev.OpenCoordination(session):
                 self._send(self._coordination, CoordinationOpened(session=session).to_frame())
             case ev.SendDrain(reason):
@@ -134,7 +148,7 @@ class Session:
         try:
             stream.send_nowait(frame)
             if stream.unsent_bytes > UNSENT_BYTES_MAX:
-                error = _SessionEnded("the coordinator asks but does not read the replies")
+                error = _SessionEnded("the coordinator asks but does not read the replies", code=Code.BUSY)
         except (LinkError, StreamError) as failed:
             error = failed
         if error is not None and not self._ending.done():
@@ -169,8 +183,8 @@ class Session:
             if welcome is None:
                 return
             self._coordination = await self._connection.open_bi_stream(Priority.HIGH)
-            self._apply(ev.WelcomeReceived(welcome.session))
             self._welcomed(welcome)
+            self._apply(ev.WelcomeReceived(welcome.session, welcome.resumed, welcome.received, welcome.secret))
             tasks = [
                 asyncio.create_task(self._read_control(control_messages), name="control"),
                 asyncio.create_task(self._read_coordination(self._coordination), name="coordination"),
@@ -202,12 +216,13 @@ class Session:
     async def _read_control(self, messages: AsyncIterator[Message]) -> None:
         async for message in messages:
             if isinstance(message, Drain):
-                self._apply(ev.DrainReceived(message.reason))
+                self._apply(ev.DrainReceived(message.reason, message.stop))
             elif isinstance(message, Goodbye):
-                raise _SessionEnded(f"the coordinator said goodbye{': ' if message.reason else ''}{message.reason}")
+                reason = f"the coordinator said goodbye{': ' if message.reason else ''}{message.reason}"
+                raise _SessionEnded(reason, is_over=True)
             else:
                 raise UnexpectedMessage(message.wire_type, "on the control stream")
-        raise _SessionEnded("the coordinator ended the control stream")
+        raise _SessionEnded("the coordinator ended the control stream", is_over=True)
 
     async def _read_coordination(self, stream: BiStream) -> None:
         async for message in _read_messages(stream):
@@ -223,12 +238,17 @@ class Session:
                 self._apply(ev.CancellationReceived(message.round))
             else:
                 raise UnexpectedMessage(message.wire_type, "on the coordination stream")
-        raise _SessionEnded("the coordinator ended the coordination stream")
+        raise _SessionEnded("the coordinator ended the coordination stream", is_over=True)
 
     async def _pulse(self, welcome: Welcome) -> None:
-        """Says that this agent lives, and notices when the coordinator does not."""
+        """Says that this agent lives, and notices when the coordinator does not, and what it has taken."""
+        assert self._coordination is not None, "opened before this begins"
         loop = asyncio.get_running_loop()
         connection = self._connection
+        patience_s = welcome.lease_s
+        if welcome.secret:
+            # There is to be time in the lease to resume the session; and one lost pulse is no reason.
+            patience_s = max(patience_s / 2, min(patience_s, 2 * welcome.pulse_s))
         warned = False
         while True:
             due_at = loop.time() + welcome.pulse_s
@@ -238,11 +258,13 @@ class Session:
             elif not warned:
                 warned = True
                 log.warning("no_heartbeats", agent=self._agent_id, reason="the coordinator takes no datagrams")
+            if not connection.is_closed and not self._coordination.unsent_bytes:
+                self._apply(ev.RepliesDelivered())
             # Each pulse is acknowledged, so a coordinator that lives is heard. Where we were late ourselves
             # (a handler blocked the loop, the machine slept) its packets may not have been read yet.
             now = loop.time()
             silent_s = now - connection.stats.received_at
-            if silent_s > welcome.lease_s and now - due_at < welcome.pulse_s:
+            if silent_s > patience_s and now - due_at < welcome.pulse_s:
                 raise _SessionEnded(f"nothing heard from the coordinator for {silent_s:.1f} s")
 
     async def _leave(self, reason: str) -> None:

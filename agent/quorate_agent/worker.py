@@ -8,7 +8,6 @@ in an event again.
 import asyncio
 import random
 import secrets
-import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -18,14 +17,24 @@ import structlog
 from quorate_agent import events as ev
 from quorate_agent.agent import Agent, check_concurrency, check_labels, check_name
 from quorate_agent.backoff import Backoff
-from quorate_agent.core import AgentCore, Counts, State
+from quorate_agent.core import AgentCore, Counts
 from quorate_agent.handlers import AgentInvalid
 from quorate_agent.running import HandlerRunner
 from quorate_agent.session import Session
+from quorate_agent.states import State
+from quorate_agent.streams import Background, OwnStreams
 from quorate_protocol import __version__
-from quorate_protocol.errors import Code, ConnectFailed, ConnectionClosed, LocalError, MessageInvalid, Refused
+from quorate_protocol.errors import (
+    Code,
+    ConnectFailed,
+    ConnectionClosed,
+    LocalError,
+    MessageInvalid,
+    QuorateError,
+    Refused,
+)
 from quorate_protocol.limits import HELLO_BYTES_MAX
-from quorate_protocol.messages import Hello, Welcome
+from quorate_protocol.messages import Hello, Resume, Welcome
 from quorate_protocol.transport import ClientTls, Connection, connect
 
 log = structlog.get_logger()
@@ -34,8 +43,18 @@ T = TypeVar("T")
 
 #: Seconds for a handshake, all addresses of the name together.
 CONNECT_TIMEOUT_S: Final = 10.0
+#: Seconds that background functions may take to end when their link has.
+BACKGROUND_TIMEOUT_S: Final = 5.0
 #: Seconds that an attempt needs at the least.
 ATTEMPT_MIN_S: Final = 0.1
+#: Seconds for a handshake while a session waits for its link: where packets are lost, a handshake tries again ever
+#: later (0.3 s, 0.9, 2.1 …), and a new one at once.
+RESUME_TIMEOUT_S: Final = 2.0
+#: The longest pause between two attempts meanwhile, as a share of the lease: some of them fall into it for sure. After
+#: the lease nobody waits any more, and pauses are as long as a fleet without a coordinator needs them to be.
+RESUME_PAUSE_SHARE: Final = 1 / 8
+#: Bytes that `resume` may add to a hello.
+_RESUME_BYTES_MAX: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +134,22 @@ class Worker:
             "software": f"quorate-agent/{__version__}",
         }
         try:
-            self._hello = Hello.from_map(hello).to_frame()
+            self._hello = Hello.from_map(hello)
         except MessageInvalid as error:
             raise AgentInvalid(error.problem) from None  # names the key; the token is not in it
-        if len(self._hello) > HELLO_BYTES_MAX:
+        hello_bytes = len(self._hello.to_frame()) + _RESUME_BYTES_MAX
+        if hello_bytes > HELLO_BYTES_MAX:
             raise LocalError(
-                f"the agent's tasks and labels make a hello of {len(self._hello)} bytes, over the {HELLO_BYTES_MAX} "
+                f"the agent's tasks and labels make a hello of up to {hello_bytes} bytes, over the {HELLO_BYTES_MAX} "
                 "that a coordinator takes: shorten them"
             )
         self._core = AgentCore(tasks=agent.tasks, feedback_tasks=agent.feedback_handlers, concurrency=self._concurrency)
         self._runner: HandlerRunner | None = None
         self._backoff = Backoff(rng or random.Random())  # noqa: S311  jitter is no secret
         self._session: Session | None = None
+        #: Those of the present link.
+        self._streams: OwnStreams | None = None
+        self._backgrounds: set[asyncio.Task[None]] = set()
         self._peer = ""
         #: What `run` waits for that a stop may cut short: connecting, or a pause.
         self._interruptible: asyncio.Task[Any] | None = None
@@ -136,6 +159,9 @@ class Worker:
         #: Monotonic seconds: since when there has been no session; when the present or last one began.
         self._alone_since = 0.0
         self._session_began_at: float | None = None
+        #: The lease of the last session, and when it ends for one that has lost its link.
+        self._lease_s = 0.0
+        self._lease_ends_at = 0.0
         self._reconnect_reason = ""
 
     @property
@@ -161,17 +187,26 @@ class Worker:
 
         Raises:
             ConfigurationError: the URL is none, or the authorities' file cannot be read.
+            AgentInvalid: the agent's processes cannot load it.
         """
-        runner = self._runner = HandlerRunner(self._agent, self._agent_id, self._concurrency, self._apply)
-        self._alone_since = time.monotonic()
+        runner = self._runner = HandlerRunner(
+            self._agent,
+            self._agent_id,
+            self._concurrency,
+            self._apply,
+            self._streams_of_link,
+            lambda: self._core.queued,
+        )
         try:
+            await self._unless_stopped(runner.open())
+            self._alone_since = _now()
             while self._ending is None:
-                if self._core.state is State.DRAINING:
-                    # Asked to stop while there is no link: what runs may finish.
+                if not self._core.wants_link:
+                    # Asked to stop while there is no link, and nobody waits for it: what runs may finish.
                     await self._ended.wait()
                 elif (connection := await self._connect()) is not None:
                     await self._serve(connection)
-                if self._core.state is State.CONNECTING:
+                if self._core.wants_link:
                     await self._pause()
             return self._ending
         finally:
@@ -181,9 +216,9 @@ class Worker:
     # --- connecting ---
 
     async def _connect(self) -> Connection | None:
-        timeout_s = CONNECT_TIMEOUT_S
+        timeout_s = RESUME_TIMEOUT_S if self._is_awaited(_now()) else CONNECT_TIMEOUT_S
         if self._max_wait_s is not None:
-            left_s = self._alone_since + self._max_wait_s - time.monotonic()
+            left_s = self._alone_since + self._max_wait_s - _now()
             # A last attempt without the time to learn anything would hide what the earlier ones met with.
             if left_s <= (ATTEMPT_MIN_S if self._reconnect_reason else 0.0):
                 problem = f"no coordinator at {self._url} within {self._max_wait_s:g} s"
@@ -200,19 +235,23 @@ class Worker:
 
     async def _pause(self) -> None:
         """Waits before the next attempt, and says so."""
-        now = time.monotonic()
+        now = _now()
         began_at, self._session_began_at = self._session_began_at, None
         if began_at is None:
             delay_s = self._backoff.fail()
         else:
-            delay_s = self._backoff.end_session(now - began_at)
+            self._lease_ends_at = now + self._lease_s
+            delay_s = self._backoff.end_session(now - began_at, at_once=self._core.is_suspended)
             self._alone_since = now
+        if self._is_awaited(now):
+            delay_s = min(delay_s, self._lease_s * RESUME_PAUSE_SHARE)
         if self._max_wait_s is not None:
             delay_s = min(delay_s, max(0.0, self._alone_since + self._max_wait_s - now))
         if began_at is None:
             event, message = "cannot_connect", f"cannot connect to {self._url}, retrying in {delay_s:.1f} s"
         else:
-            event, message = "session_ended", f"session is over, connecting to {self._url} again in {delay_s:.1f} s"
+            what = "link is broken" if self._core.is_suspended else "session is over"
+            event, message = "session_ended", f"{what}, connecting to {self._url} again in {delay_s:.1f} s"
         log.warning(
             event,
             message=message,
@@ -223,6 +262,10 @@ class Worker:
             retry_in_s=round(delay_s, 3),
         )
         await self._unless_stopped(asyncio.sleep(delay_s))
+
+    def _is_awaited(self, now: float) -> bool:
+        """Whether there is a session that may still be resumed."""
+        return self._core.is_suspended and now < self._lease_ends_at
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of `work`; None when a stop was requested before it was there."""
@@ -242,22 +285,69 @@ class Worker:
 
     async def _serve(self, connection: Connection) -> None:
         """From the handshake until the connection is over."""
-        if self._core.state is not State.CONNECTING:
+        if not self._core.wants_link:
             await connection.close(Code.NO_ERROR, "the agent ends")  # it was stopped in the very moment
             return
         self._peer = connection.peer
         self._session = Session(
-            connection, hello=self._hello, agent_id=self._agent_id, apply=self._apply, welcomed=self._on_welcomed
+            connection,
+            make_hello=self._make_hello,
+            agent_id=self._agent_id,
+            apply=self._apply,
+            welcomed=lambda welcome: self._on_welcomed(welcome, connection),
         )
         try:
             await self._session.run()
         finally:
             self._session = None
+            self._streams = None
+            await self._end_backgrounds()
 
-    def _on_welcomed(self, welcome: Welcome) -> None:
-        self._session_began_at = time.monotonic()
+    def _streams_of_link(self) -> OwnStreams:
+        """For handlers and background functions.
+
+        Raises:
+            ConnectionClosed: there is no link.
+        """
+        if self._streams is None:
+            raise ConnectionClosed(Code.NO_ERROR, "there is no link to the coordinator now")
+        return self._streams
+
+    def _start_backgrounds(self, streams: OwnStreams) -> None:
+        for function in self._agent.backgrounds:
+            task = asyncio.create_task(self._run_background(function, streams), name=f"background {function}")
+            self._backgrounds.add(task)
+            task.add_done_callback(self._backgrounds.discard)
+
+    async def _run_background(self, function: Background, streams: OwnStreams) -> None:
+        try:
+            await function(streams)
+        except QuorateError as error:
+            # The link broke, or nobody takes its topic.
+            log.warning("background_ended", agent=self._agent_id, reason=str(error))
+        except Exception:
+            log.exception("background_failed", agent=self._agent_id)
+
+    async def _end_backgrounds(self) -> None:
+        tasks = list(self._backgrounds)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=BACKGROUND_TIMEOUT_S)
+
+    def _make_hello(self, resume: ev.Resume | None) -> bytes:
+        if resume is None:
+            return self._hello.to_frame()
+        wanted = Resume(session=resume.session, secret=resume.secret, received=resume.received)
+        return self._hello.model_copy(update={"resume": wanted}).to_frame()
+
+    def _on_welcomed(self, welcome: Welcome, connection: Connection) -> None:
+        self._streams = OwnStreams(connection)
+        self._start_backgrounds(self._streams)
+        self._session_began_at = _now()
+        self._lease_s = welcome.lease_s
         log.info(
-            "joined",
+            "rejoined" if welcome.resumed else "joined",
             coordinator=self._peer,
             agent=self._agent_id,
             session=welcome.session,
@@ -269,7 +359,7 @@ class Worker:
 
     def _apply(self, event: ev.Event) -> None:
         """Tells the core, and does what it says."""
-        for instruction in self._core.handle(event, time.monotonic()):
+        for instruction in self._core.handle(event, _now()):
             self._execute(instruction)
         self._set_drain_timer(self._core.state is State.DRAINING)
 
@@ -286,6 +376,8 @@ class Worker:
             case ev.Stop(kind, reason, refusal):
                 self._ending = Ending(kind, reason, refusal)
                 self._ended.set()
+                if self._interruptible is not None:
+                    self._interruptible.cancel()
                 log.info("agent_ended", agent=self._agent_id, why=kind.value, reason=reason)
                 if self._session is not None:
                     self._session.execute(ev.CloseLink())  # of no effect where it leaves
@@ -302,3 +394,8 @@ class Worker:
         elif not wanted and self._drain_timer is not None:
             self._drain_timer.cancel()
             self._drain_timer = None
+
+
+def _now() -> float:
+    """Monotonic seconds: the loop's clock, which is `time.monotonic()` wherever time is not virtual."""
+    return asyncio.get_running_loop().time()

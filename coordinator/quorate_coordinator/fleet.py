@@ -1,22 +1,28 @@
 """The fleet's links: the shell round the registry of members.
 
-One `AgentLink` per agent that has a session; the registry decides who is a member, this opens, feeds
-and closes the links.
+One `AgentSession` per member, with its `AgentLink` while it has one; the registry decides who is a member,
+this opens, feeds and closes the links.
+
+A link is read to its end before it counts as ended: what had arrived is handed on although the connection is
+over. So the number of replies that a returning agent is told is exact, and agents may forget what the
+transport has acknowledged.
 """
 
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final, assert_never
 
 import structlog
 
+from quorate_coordinator.links import UNSENT_BYTES_MAX, AgentLink, AgentSession
 from quorate_coordinator.membership import (
     AdmitAgent,
     AgentDraining,
     AgentJoined,
     AgentLeft,
+    DeclareAway,
     DeclareLeft,
     DeclareLost,
     DeclareReturned,
@@ -28,9 +34,11 @@ from quorate_coordinator.membership import (
     Member,
     RefuseAgent,
     ReplaceLink,
+    ResumeSession,
 )
 from quorate_coordinator.registry import Registry
 from quorate_coordinator.serving import first_of, refuse_streams
+from quorate_coordinator.uni_streams import serve_uni_streams
 from quorate_protocol import __version__
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import (
@@ -41,92 +49,41 @@ from quorate_protocol.errors import (
     Refused,
     UnexpectedMessage,
 )
-from quorate_protocol.messages import CoordinationOpened, Drain, Goodbye, Hello, Reply, Welcome, clip_text
-from quorate_protocol.transport import BiStream, Connection, Priority
+from quorate_protocol.messages import CoordinationOpened, Drain, Goodbye, Hello, Message, Reply, Welcome, clip_text
+from quorate_protocol.transport import Connection, ReceiveStream
 
 log = structlog.get_logger()
-
-#: Bytes that may wait for one agent to acknowledge them. An agent that is further behind does not
-#: read: its link is closed, and it may come back.
-UNSENT_BYTES_MAX: Final = 16 << 20
 
 #: Seconds between the two ways in which an agent that leaves says so: the end of its coordination stream
 #: and its goodbye, which may overtake it.
 LEAVE_TIMEOUT_S: Final = 2.0
 
+#: Seconds that reading a closed link to its end may take: what is there is read in a few turns of the loop.
+_READ_OUT_TIMEOUT_S: Final = 1.0
+
 #: With what a stream is refused that an agent has no use for.
 _SURPLUS: Final = Code.UNEXPECTED_MESSAGE
-
 
 #: An agent with more than this to take in is not asked until it has: far enough below the above that
 #: feedback and cancellations still fit.
 _BEHIND_BYTES: Final = UNSENT_BYTES_MAX // 2
 
 
-class AgentLink:
-    """One session of one agent on one connection."""
-
-    def __init__(self, connection: Connection, control: Channel, hello: Hello, session: str) -> None:
-        self.connection = connection
-        self.control = control
-        self.agent = hello.id
-        self.session = session
-        #: Set once whoever serves this link is about to close it, with a code of their own.
-        self.is_ending = False
-        #: Set when the coordination stream is there, and at its end: no reply will come then.
-        self.has_opened = asyncio.Event()
-        self.replies_ended = asyncio.Event()
-        #: Why the agent leaves, once it has said so.
-        self.goodbye: str | None = None
-        self._stream: BiStream | None = None
-        #: Frames for an agent that was welcomed and has not opened its stream yet. Bounded: by the
-        #: rounds that one agent may owe, and the seconds that it has to open it.
-        self._early: list[bytes] = []
-        self._early_bytes = 0
-        #: Since when it has too much to take in without taking in any of it, on the loop's clock; and how much.
-        self.behind_since: float | None = None
-        self.behind_bytes = 0
-
-    @property
-    def unsent_bytes(self) -> int:
-        """Bytes that the agent has not taken in."""
-        return self._early_bytes if self._stream is None else self._stream.unsent_bytes
-
-    def send(self, frame: bytes, *, hurried: bool = True) -> None:
-        """Queues a frame; an agent that is too far behind, or gone, gets nothing more."""
-        if self.connection.is_closed:
-            return
-        unsent_bytes = self.unsent_bytes + len(frame)
-        if self._stream is None:
-            self._early.append(frame)
-            self._early_bytes += len(frame)
-        if unsent_bytes > UNSENT_BYTES_MAX:
-            log.warning("agent_too_far_behind", agent=self.agent, unsent_bytes=unsent_bytes)
-            self.close(Code.BUSY, "too far behind: not reading")
-            return
-        if self._stream is not None:
-            try:
-                self._stream.send_nowait(frame, hurried=hurried)
-            except QuorateError:
-                # It stopped the stream: an agent that cannot be asked must not be waited for.
-                self.close(Code.BUSY, "not reading")
-
-    def opened(self, stream: BiStream) -> None:
-        """The agent has opened its coordination stream."""
-        stream.priority = Priority.HIGH
-        self._stream = stream
-        self.has_opened.set()
-        for frame in self._early:
-            stream.send_nowait(frame)
-        self._early.clear()
-
-    def close(self, code: Code, reason: str) -> None:
-        """Ends the connection at once."""
-        self.connection.abort(code, reason)
-
-
 class Fleet:
-    """Members and their links."""
+    """Members and their links.
+
+    Args:
+        lease_s: Seconds of silence, or of being away, after which an agent is lost.
+        pulse_s: Seconds between the pulses that agents are told to send.
+        open_timeout_s: Seconds from the welcome to the coordination stream.
+        on_reply: Takes each reply, with its agent.
+        on_reachable: Called when an agent's coordination stream is there: with each link, the first and every later
+            one. What it sends follows what the last link did not deliver.
+        on_lost: Called when a session is over, with the reason.
+        serve_stream: Serves what an agent sends on a unidirectional stream, given its first message.
+        handshakes_total: Counted on: hellos by how they ended.
+        protocol_errors_total: Counted on: errors of peers by their code's name.
+    """
 
     def __init__(
         self,
@@ -135,42 +92,58 @@ class Fleet:
         pulse_s: float,
         open_timeout_s: float,
         on_reply: Callable[[str, Reply], None],
+        on_reachable: Callable[[str], None],
         on_lost: Callable[[str, str], None],
+        serve_stream: Callable[[str, Message, ReceiveStream], Awaitable[None]],
         handshakes_total: Counter[str],
         protocol_errors_total: Counter[str],
     ) -> None:
         self.registry: Final = Registry(lease_s=lease_s)
+        #: Sessions that were resumed, and those of them whose log did not reach back; totals since the start.
+        self.resumed_total = 0
+        self.resumed_with_gap_total = 0
         self._lease_s = lease_s
         self._pulse_s = pulse_s
         self._open_timeout_s = open_timeout_s
         self._on_reply = on_reply
+        self._on_reachable = on_reachable
         self._on_lost = on_lost
+        self._serve_stream = serve_stream
         self._handshakes_total = handshakes_total
         self._protocol_errors_total = protocol_errors_total
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        #: By session: every link that is served. By agent: the current one.
-        self._sessions: dict[str, AgentLink] = {}
-        self._links: dict[str, AgentLink] = {}
-        self._refusals: dict[str, RefuseAgent] = {}
+        self._is_closed = False
+        #: By agent: those who have a session.
+        self._members: dict[str, AgentSession] = {}
+        #: While the registry decides over a hello: its link and the secret of a new session.
+        self._joining: tuple[AgentLink, str] | None = None
+        self._refusal: RefuseAgent | None = None
 
     # --- what rounds need ---
 
     def select(self, task: str, labels: Mapping[str, str]) -> tuple[str, ...]:
-        """Agents that can be asked, sorted."""
+        """Agents that can be asked now, sorted."""
         return self.registry.select(task, labels)
 
-    def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True) -> None:
-        """Sends one frame to each of these agents that is connected."""
-        links = self._links
+    def select_away(self, task: str, labels: Mapping[str, str]) -> tuple[str, ...]:
+        """Agents that could be asked if they had a link, sorted: `on_reachable` says when they have."""
+        return self.registry.select_away(task, labels)
+
+    def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True, is_assignment: bool = False) -> None:
+        """Sends one frame to each of these agents that has a session.
+
+        Those who are away get it when they return; not an assignment, which `on_reachable` is the time to send again.
+        """
+        members = self._members
         for agent in agents:
-            link = links.get(agent)
-            if link is not None:
-                link.send(frame, hurried=hurried)
+            member = members.get(agent)
+            if member is not None:
+                member.send(frame, hurried=hurried, is_assignment=is_assignment)
 
     def is_behind(self, agent: str, more_bytes: int) -> bool:
         """Whether an agent has so much to take in that it should not be sent so many bytes more."""
-        link = self._links.get(agent)
+        link = self._link_of(agent)
         if link is None:
             return False
         unsent_bytes = link.unsent_bytes
@@ -183,108 +156,202 @@ class Fleet:
         elif now - link.behind_since > self._lease_s:
             # It lives, and it does not read.
             log.warning("agent_too_far_behind", agent=agent, unsent_bytes=unsent_bytes)
-            link.close(Code.BUSY, "too far behind: not reading")
+            link.expel("too far behind: not reading")
         return True
+
+    # --- what operators need ---
 
     def last_seen_at(self, member: Member) -> float:
         """When an agent was last heard, on the loop's clock."""
-        link = self._links.get(member.agent)
+        link = self._link_of(member.agent)
         return max(member.last_seen_at, link.connection.stats.received_at if link is not None else 0.0)
+
+    def drain(self, agent: str, reason: str) -> bool:
+        """Asks an agent to finish what it has, to leave, and to end for good.
+
+        It is asked nothing more. One that is away is told when it returns.
+
+        Returns:
+            False when no agent of this id has a session.
+        """
+        member = self._members.get(agent)
+        if member is None:
+            return False
+        log.info("agent_told_to_stop", agent=agent, reason=reason)
+        member.stop_reason = reason
+        if member.link is not None:
+            self._tell_to_stop(member, member.link)
+        self._handle(AgentDraining(agent, member.name))
+        return True
+
+    def can_resume(self, hello: Hello) -> bool:
+        """Whether a hello goes on with a session that lives."""
+        return self.registry.can_resume(hello.id, _resume_of(hello))
 
     # --- one agent ---
 
     async def serve(self, connection: Connection, control: Channel, hello: Hello) -> None:
-        """An authenticated agent's session, from its welcome to its end.
+        """An authenticated agent's link, from its welcome to its end.
 
         Raises:
             Refused: there is no room for it.
-            ProtocolError: it broke the protocol; the connection is to be closed.
+            ProtocolError: it broke the protocol; the connection is closed.
         """
-        link = AgentLink(connection, control, hello, secrets.token_hex(8))
-        self._sessions[link.session] = link
+        link = AgentLink(connection, control, hello.id)
+        await self._end_old_link(hello)
+        member = self._join(link, hello)
+        self._handshakes_total["welcome"] += 1
+        reason = "cancelled"
         try:
-            self._handle(
-                AgentJoined(
-                    agent=hello.id,
-                    session=link.session,
-                    instance=hello.instance,
-                    labels=hello.labels,
-                    tasks=tuple(hello.tasks),
-                    address=connection.peer,
-                    software=hello.software,
-                )
-            )
-            refusal = self._refusals.pop(link.session, None)
-            if refusal is not None:
-                raise Refused(refusal.reason, refusal.message, retry=refusal.retry)
-            self._handshakes_total["welcome"] += 1
-            self._end_session(link, await self._serve_session(link))
+            reason = await self._serve_link(link, member)
         except BaseException as error:
-            self._end_session(link, str(error) or type(error).__name__)
+            reason = str(error) or type(error).__name__
             raise
         finally:
-            del self._sessions[link.session]
-            if self._links.get(link.agent) is link:
-                del self._links[link.agent]
+            self._link_ended(link, member, clip_text(reason))
+            link.has_ended.set()
 
-    def _end_session(self, link: AgentLink, reason: str) -> None:
-        link.is_ending = True
-        reason = clip_text(reason)
-        if link.goodbye is not None:
-            self._handle(AgentLeft(link.agent, link.session, link.goodbye))
-        else:
-            self._handle(LinkBroken(link.agent, link.session, reason))
+    async def _end_old_link(self, hello: Hello) -> None:
+        """Before a session is resumed: closes a link of it that still stands, and waits until that was read out."""
+        while self.can_resume(hello) and (old := self._link_of(hello.id)) is not None:
+            old.close(Code.REPLACED, "its session goes on over another link")
+            try:
+                async with asyncio.timeout(_READ_OUT_TIMEOUT_S):
+                    await old.has_ended.wait()
+            except TimeoutError:
+                log.warning("old_link_not_read_out", agent=hello.id)
+                return
 
-    async def _serve_session(self, link: AgentLink) -> str:
-        """Reads what the agent says until its link ends; returns why it did.
+    def _join(self, link: AgentLink, hello: Hello) -> AgentSession:
+        """Lets the registry decide over a hello.
+
+        Raises:
+            Refused: it is no member.
+        """
+        self._joining = (link, secrets.token_urlsafe(32))
+        self._refusal = None
+        self._handle(
+            AgentJoined(
+                agent=hello.id,
+                session=secrets.token_hex(8),
+                instance=hello.instance,
+                labels=hello.labels,
+                tasks=tuple(hello.tasks),
+                address=link.connection.peer,
+                software=hello.software,
+                secret=self._joining[1],
+                resume=_resume_of(hello),
+            )
+        )
+        self._joining = None
+        if self._refusal is not None:
+            raise Refused(self._refusal.reason, self._refusal.message, retry=self._refusal.retry)
+        member = self._members[hello.id]
+        if hello.resume is not None and member.name == hello.resume.session:
+            link.resumed_after = hello.resume.received
+        return member
+
+    async def _serve_link(self, link: AgentLink, member: AgentSession) -> str:
+        """Reads what the agent says until its link ends, and what has arrived by then; returns why it ended.
 
         Raises:
             ProtocolError: it broke the protocol.
         """
+        replies = asyncio.create_task(self._read_coordination(link, member))
+        fault: ProtocolError | None = None
+        reason = "cancelled"
         try:
-            await link.control.send(
-                Welcome(
-                    session=link.session,
-                    software=f"quorate/{__version__}",
-                    pulse_s=self._pulse_s,
-                    lease_s=self._lease_s,
-                )
-            )
-            return await first_of(
-                self._read_control(link),
-                self._read_coordination(link),
+            await self._welcome(link, member)
+            reason = await first_of(
+                self._read_control(link, member, replies),
+                self._await_goodbye(link, member, replies),
                 self._read_pulses(link),
-                self._refuse_uni_streams(link),
+                self._serve_uni_streams(link),
                 self._refuse_bi_streams(link),
             )
-        except ProtocolError:
-            raise
+        except ProtocolError as error:
+            fault = error
         except QuorateError as error:
-            return str(link.connection.close_error or error)
+            reason = str(link.connection.close_error or error)
+        finally:
+            link.connection.abort(*((Code.NO_ERROR, "") if fault is None else (fault.code, fault.code.name)))
+            # What had arrived counts; of a closed connection nothing more comes, and the reader ends by itself.
+            await asyncio.wait([replies], timeout=_READ_OUT_TIMEOUT_S)
+            replies.cancel()
+            await asyncio.wait([replies])
+            unread = None if replies.cancelled() else replies.exception()
+        if isinstance(unread, ProtocolError):
+            fault = fault or unread
+        elif unread is not None and not isinstance(unread, QuorateError):
+            raise unread
+        if fault is not None:
+            # One that resumed and did not get as far as its stream may have lost its link again.
+            link.ends_session |= link.resumed_after is None or link.has_opened.is_set()
+            raise fault
+        return reason
 
-    async def _read_control(self, link: AgentLink) -> str:
+    async def _welcome(self, link: AgentLink, member: AgentSession) -> None:
+        await link.control.send(
+            Welcome(
+                session=member.name,
+                software=f"quorate/{__version__}",
+                pulse_s=self._pulse_s,
+                lease_s=self._lease_s,
+                secret=member.secret,
+                resumed=link.resumed_after is not None,
+                received=member.received,
+            )
+        )
+        if member.stop_reason is not None:
+            self._tell_to_stop(member, link)
+
+    def _tell_to_stop(self, member: AgentSession, link: AgentLink) -> None:
+        try:
+            link.control.send_nowait(Drain(reason=clip_text(member.stop_reason or ""), stop=True))
+        except QuorateError as error:
+            # It is told again over its next link.
+            log.debug("agent_not_told_to_stop", agent=member.agent, reason=str(error))
+
+    def _link_ended(self, link: AgentLink, member: AgentSession, reason: str) -> None:
+        if member.link is not link:
+            return
+        if link.goodbye is not None:
+            self._handle(AgentLeft(member.agent, member.name, link.goodbye))
+        else:
+            is_final = link.ends_session or link.was_closed_for_good
+            self._handle(LinkBroken(member.agent, member.name, reason, is_final))
+
+    async def _read_control(self, link: AgentLink, member: AgentSession, replies: asyncio.Task[None]) -> str:
         while (message := await link.control.receive()) is not None:
             if isinstance(message, Drain):
                 log.info("agent_draining", agent=link.agent, reason=message.reason)
-                self._handle(AgentDraining(link.agent, link.session))
+                self._drains(link, member)
             elif isinstance(message, Goodbye):
                 link.goodbye = message.reason
-                await self._take_last_replies(link)
+                # The goodbye may have overtaken the end of the coordination stream.
+                self._drains(link, member)
+                done, _ = await asyncio.wait([replies], timeout=LEAVE_TIMEOUT_S)
+                if not done:
+                    log.debug("agent_left_its_replies_open", agent=link.agent)
                 return "said goodbye"
             else:
                 raise UnexpectedMessage(message.wire_type, "on the control stream")
+        link.ends_session = True
         return "finished its control stream"
 
-    async def _take_last_replies(self, link: AgentLink) -> None:
-        """Waits for the end of the coordination stream, which a goodbye may have overtaken."""
-        self._handle(AgentDraining(link.agent, link.session))
-        try:
-            async with asyncio.timeout(LEAVE_TIMEOUT_S):
-                await link.replies_ended.wait()
-        except TimeoutError:
-            log.debug("agent_left_its_replies_open", agent=link.agent)
+    def _drains(self, link: AgentLink, member: AgentSession) -> None:
+        if member.link is link:
+            self._handle(AgentDraining(member.agent, member.name))
 
-    async def _read_coordination(self, link: AgentLink) -> str:
+    async def _await_goodbye(self, link: AgentLink, member: AgentSession, replies: asyncio.Task[None]) -> str:
+        """After the end of the coordination stream: a goodbye has to come, or else the agent broke off."""
+        await asyncio.shield(replies)
+        link.ends_session = True
+        self._drains(link, member)
+        await asyncio.sleep(LEAVE_TIMEOUT_S)
+        return "finished its coordination stream"
+
+    async def _read_coordination(self, link: AgentLink, member: AgentSession) -> None:
         try:
             async with asyncio.timeout(self._open_timeout_s):
                 stream = await link.connection.accept_bi_stream()
@@ -295,27 +362,44 @@ class Fleet:
                 "no", f"within {self._open_timeout_s:g} s: the coordination stream was not opened"
             ) from None
         assert isinstance(opened, CoordinationOpened)
-        if opened.session != link.session:
+        if opened.session != member.name:
             raise MessageInvalid("coordination", "session: not the one that was welcomed")
         link.opened(stream)
+        if member.link is link:
+            self._go_on(link, member)
         while (message := await channel.receive()) is not None:
             if not isinstance(message, Reply):
                 raise UnexpectedMessage(message.wire_type, "on the coordination stream")
-            if self._links.get(link.agent) is link:
+            if member.link is link:
+                member.received += 1
                 self._on_reply(link.agent, message)
-        link.replies_ended.set()
-        # It is about to say goodbye, or else it broke off.
-        self._handle(AgentDraining(link.agent, link.session))
-        await asyncio.sleep(LEAVE_TIMEOUT_S)
-        return "finished its coordination stream"
+
+    def _go_on(self, link: AgentLink, member: AgentSession) -> None:
+        """The agent can be asked: it gets what the last link did not deliver, and then what the rounds have for it."""
+        if link.resumed_after is not None:
+            frames, has_gap = member.log.resume(link.resumed_after)
+            if has_gap:
+                self.resumed_with_gap_total += 1
+                log.warning("frames_not_kept", agent=link.agent, received=link.resumed_after)
+            for frame in frames:
+                link.send(frame)
+        self._on_reachable(link.agent)
 
     async def _read_pulses(self, link: AgentLink) -> str:
         # A pulse says nothing but that it came: the transport has noted that.
         while True:
             await link.connection.datagrams.receive()
 
-    async def _refuse_uni_streams(self, link: AgentLink) -> str:
-        return await refuse_streams(link.connection.accept_uni_stream, _SURPLUS, on_refused=self._count_surplus)
+    async def _serve_uni_streams(self, link: AgentLink) -> str:
+        return await serve_uni_streams(
+            link.connection,
+            lambda message, stream: self._serve_stream(link.agent, message, stream),
+            lambda error: self._count_fault(link, error),
+        )
+
+    def _count_fault(self, link: AgentLink, error: ProtocolError) -> None:
+        self._protocol_errors_total[error.code.name] += 1
+        log.warning("stream_broke_protocol", agent=link.agent, problem=str(error))
 
     async def _refuse_bi_streams(self, link: AgentLink) -> str:
         await link.has_opened.wait()
@@ -323,6 +407,10 @@ class Fleet:
 
     def _count_surplus(self) -> None:
         self._protocol_errors_total[_SURPLUS.name] += 1
+
+    def _link_of(self, agent: str) -> AgentLink | None:
+        member = self._members.get(agent)
+        return None if member is None else member.link
 
     # --- registry ---
 
@@ -334,41 +422,48 @@ class Fleet:
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case AdmitAgent(agent, session):
-                link = self._sessions[session]
-                self._links[agent] = link
+                assert self._joining is not None, "agents are admitted when they say hello"
+                link, secret = self._joining
+                self._members[agent] = AgentSession(agent, session, secret, link)
                 log.info("agent_joined", agent=agent, session=session, address=link.connection.peer)
+            case ResumeSession(agent, session):
+                assert self._joining is not None, "sessions are resumed by a hello"
+                self._members[agent].link = link = self._joining[0]
+                self.resumed_total += 1
+                log.info("agent_resumed", agent=agent, session=session, address=link.connection.peer)
             case RefuseAgent():
-                self._refusals[instruction.session] = instruction
-            case ReplaceLink(agent, old_session):
-                old = self._sessions.get(old_session)
+                self._refusal = instruction
+            case ReplaceLink(agent, _):
+                old = self._link_of(agent)
                 if old is not None:
                     log.warning("agent_replaced", agent=agent, old_address=old.connection.peer)
                     old.close(Code.REPLACED, f"another agent took the id {agent}")
             case DeclareSuspect(agent, _):
                 log.warning("agent_suspect", agent=agent)
+            case DeclareAway(agent, _, reason):
+                log.warning("agent_away", agent=agent, reason=reason)
+                self._members[agent].link = None
             case DeclareReturned(agent, _):
                 log.info("agent_returned", agent=agent)
-            case DeclareLost(agent, session, reason):
+            case DeclareLost(agent, _, reason):
                 log.warning("agent_lost", agent=agent, reason=reason)
-                self._part(agent, session)
+                self._part(agent)
                 self._on_lost(agent, reason)
-            case DeclareLeft(agent, session, reason):
+            case DeclareLeft(agent, _, reason):
                 log.info("agent_left", agent=agent, reason=reason)
-                self._part(agent, session)
+                self._part(agent)
                 self._on_lost(agent, "left")
             case _:
                 assert_never(instruction)
 
-    def _part(self, agent: str, session: str) -> None:
-        link = self._sessions.get(session)
+    def _part(self, agent: str) -> None:
+        member = self._members.pop(agent)
+        link, member.link = member.link, None
         if link is not None:
-            if not link.is_ending:
-                link.close(Code.LEASE_EXPIRED, "session is over")
-            if self._links.get(agent) is link:
-                del self._links[agent]
+            link.close(Code.LEASE_EXPIRED, "session is over")
 
     def _arm(self) -> None:
-        at = self.registry.next_timer()
+        at = None if self._is_closed else self.registry.next_timer()
         if self._timer is not None:
             if at is not None and self._timer.when() <= at:
                 return
@@ -383,7 +478,7 @@ class Fleet:
                 {
                     agent: link.connection.stats.received_at
                     for agent in due
-                    if (link := self._links.get(agent)) is not None
+                    if (link := self._link_of(agent)) is not None
                 }
             )
         )
@@ -392,10 +487,9 @@ class Fleet:
 
     async def close(self, reason: str) -> None:
         """Says goodbye to every agent and closes the links."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        links = list(self._links.values())
+        self._is_closed = True
+        self._arm()
+        links = [member.link for member in self._members.values() if member.link is not None]
         for link in links:
             try:
                 link.control.send_nowait(Goodbye(reason=reason))
@@ -410,3 +504,7 @@ class Fleet:
             log.warning("agents_did_not_hear_goodbye")
         for link in links:
             link.close(Code.SHUTDOWN, reason)
+
+
+def _resume_of(hello: Hello) -> tuple[str, str] | None:
+    return None if hello.resume is None else (hello.resume.session, hello.resume.secret)

@@ -1,44 +1,52 @@
-"""Drives rounds: the shell round the book of rounds and the learner.
+"""Drives rounds: the shell round the book of rounds, the ledger and the journal.
 
-The book decides; this carries out: it sends frames, keeps the loop's timer, lets the learner combine
-and learn, and answers who asked. One writer: everything happens on the event loop, in the order of
-the book's instructions.
+The book decides; this carries out: it sends frames, keeps the loop's timer, has what happened recorded, and
+answers who asked once the record is durable. One writer: everything happens on the event loop, in the
+order of the book's instructions.
 """
 
 import asyncio
 import itertools
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, Protocol, assert_never
 
 import structlog
 
-from quorate_coordinator.learner.api import AgentReply, Answer, ClosedRound, Learner, Request
+from quorate_coordinator.asking import Asking, Listener
+from quorate_coordinator.idempotency import Keys, check_same, digest_of, is_final
+from quorate_coordinator.journal.records import Record, RoundClosed
+from quorate_coordinator.learner.api import Experience, Learner
+from quorate_coordinator.ledger import Announcement, Ledger, Question, as_told, book_outcome_of, outcome_of
+from quorate_coordinator.planning import Candidates, Planner
 from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits, RoundBook
 from quorate_coordinator.rounds.events import (
     AgentLost,
+    AgentReachable,
     CoordinatorStopped,
     DrainRequested,
     Event,
     ReplyReceived,
     RoundCancelled,
-    RoundRequested,
     TimerFired,
     TruthRevealed,
 )
 from quorate_coordinator.rounds.instructions import (
     AnnounceDrained,
-    BroadcastAssignment,
     CloseRound,
     Instruction,
     LearnTruth,
     NoteForgotten,
     NoteStray,
     OfferLateReply,
+    OpenRound,
     RejectRequest,
+    SendAssignment,
     SendCancellation,
     SendFeedback,
+    TellPart,
 )
 from quorate_coordinator.rounds.instructions import Outcome as BookOutcome
 from quorate_coordinator.rounds.policy import RoundPolicy
@@ -46,12 +54,12 @@ from quorate_protocol.bodies import decode_body
 from quorate_protocol.errors import CallFailed, ConfigurationError, FrameMalformed
 from quorate_protocol.limits import CONNECTIONS_MAX
 from quorate_protocol.messages import (
-    AgentResult,
     Ask,
     Assignment,
     Cancellation,
     Feedback,
-    Outcome,
+    Opened,
+    Part,
     Reply,
     Reveal,
     Revealed,
@@ -69,13 +77,39 @@ class Fleet(Protocol):
     """What rounds need of the fleet."""
 
     def select(self, task: str, labels: Mapping[str, str]) -> tuple[str, ...]:
-        """Agents that can be asked, sorted."""
+        """Agents that can be asked now, sorted."""
+
+    def select_away(self, task: str, labels: Mapping[str, str]) -> tuple[str, ...]:
+        """Agents that could be asked if they had a link, sorted."""
 
     def is_behind(self, agent: str, more_bytes: int) -> bool:
         """Whether an agent has so much to take in that it should not be sent so many bytes more."""
 
-    def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True) -> None:
-        """Sends one frame to each of these agents that is connected."""
+    def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True, is_assignment: bool = False) -> None:
+        """Sends one frame to each of these agents; those who are away get all but assignments when they return."""
+
+
+class Recorder(Protocol):
+    """What rounds need of the journal."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits to be written that nothing more should."""
+
+    def append(self, record: Record, at: float, *, hurried: bool) -> int:
+        """Queues a record, made at `at` (Unix seconds); returns its number. `Gatherer.committed` is called later.
+
+        One that is not hurried may wait for another to share a commit with.
+        """
+
+    def append_checkpoint(self, seq: int, snapshot: bytes) -> None:
+        """Queues the learner's state after all records up to `seq`."""
+
+    def find_key(self, key: str) -> RoundClosed | None:
+        """The last round that was closed under a key."""
+
+    def has_truth(self, round_id: int) -> bool:
+        """Whether the truth of a round is recorded."""
 
 
 class Gatherer:
@@ -84,113 +118,154 @@ class Gatherer:
     def __init__(
         self,
         fleet: Fleet,
-        learner: Learner,
+        ledger: Ledger,
+        recorder: Recorder | None,
         *,
         policy: RoundPolicy,
         limits: BookLimits,
         numbers: RoundNumbers,
+        first_round: int,
+        first_seq: int,
+        checkpoint_rounds: int,
         observe_duration: Callable[[str, float], None],
     ) -> None:
-        self.book: Final = RoundBook(limits, first_round=numbers.first)
-        self.learner: Final = learner
+        self.book: Final = RoundBook(limits, first_round=first_round)
+        self.ledger: Final = ledger
         self._fleet = fleet
-        self._policy = policy
+        self._recorder = recorder
+        self._planner = Planner(self.book, ledger.learner, policy, fleet.is_behind)
+        self._keys = Keys()
         self._numbers = numbers
+        self._checkpoint_rounds = checkpoint_rounds
+        self._rounds_since_checkpoint = 0
+        #: Numbers of the last record, and of the last that a checkpoint covers.
+        self._last_seq = self._checkpoint_seq = 0
+        #: Number of the last record that is durable; how many became so since the start, and in how many commits.
+        self._committed_seq = first_seq - 1
+        self.records_total = self.commits_total = 0
         self._observe_duration = observe_duration
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._request_ids = itertools.count(1)
-        self._asks: dict[int, asyncio.Future[Outcome]] = {}
+        #: Calls whose outcome has not been told.
+        self._asks: dict[int, Asking] = {}
         self._reveals: dict[int, asyncio.Future[Revealed]] = {}
-        self._round_of: dict[int, int] = {}
-        #: Combined answers of rounds whose truth may come; the book says when to let go of one.
-        self._answers: dict[int, bytes] = {}
         self._drained: asyncio.Future[None] = self._loop.create_future()
+        #: Why nothing can be recorded now; empty while it can.
+        self.recording_problem = ""
         #: (task, state), (task, status), (agent, status), task, kind: totals since the start.
         self.rounds_total: Counter[tuple[str, str]] = Counter()
         self.replies_total: Counter[tuple[str, str]] = Counter()
         self.agent_replies_total: Counter[tuple[str, str]] = Counter()
         self.feedback_total: Counter[str] = Counter()
+        #: Calls that were answered by a round asked for before under the same key.
+        self.repeated_total = 0
         #: The agents in `agent_replies_total` and their statuses there, least recently counted first.
         self._counted: OrderedDict[str, set[str]] = OrderedDict()
 
+    @property
+    def learner(self) -> Learner:
+        """What combines and learns."""
+        return self.ledger.learner
+
+    def recall(self, awaiting: Iterable[RoundClosed], replayed: int) -> None:
+        """Takes up what earlier runs left. Before any other call.
+
+        Args:
+            awaiting: rounds whose truth may come, oldest first.
+            replayed: records that no checkpoint covers: however often a coordinator dies, they must not pile up.
+        """
+        self._rounds_since_checkpoint = replayed
+        for closed in awaiting:
+            for instruction in self.book.recall(book_outcome_of(closed)):
+                self._carry_out(instruction)
+
     # --- calls ---
 
-    async def ask(self, ask: Ask) -> Outcome:
-        """Opens a round and waits for its end. Cancelling this cancels the round.
+    def ask(self, ask: Ask, operator: str = "", listener: Listener | None = None) -> Asking:
+        """Opens a round, or finds the one that was asked for before under the same key. The caller has joined it.
 
         Raises:
             CallFailed: there was no round.
         """
-        candidates = self._fleet.select(ask.task, ask.labels)
-        if not candidates:
-            such = f" with labels {', '.join(f'{k}={v}' for k, v in ask.labels.items())}" if ask.labels else ""
-            raise CallFailed("no-agents", f"no connected agent{such} does the task {ask.task!r}", retry=True)
-        per_agent_max = self.book.limits.in_flight_per_agent_max
-        # One slow agent must not turn away what the others could answer.
-        free = tuple(
-            agent
-            for agent in candidates
-            if self.book.in_flight_of(agent) < per_agent_max and not self._fleet.is_behind(agent, len(ask.body))
-        )
-        if not free:
-            raise CallFailed(
-                "busy",
-                f"every agent that does {ask.task!r} has {per_agent_max} rounds waiting, or has not taken in "
-                "what it was sent before",
-                retry=True,
-            )
-        plan = self.learner.compute_coordination(Request(task=ask.task, body=ask.body, candidates=free))
-        policy = self._policy
-        if plan.quorum is not None or plan.grace_s is not None or plan.deadline_s is not None:
-            policy = policy.override(quorum=plan.quorum, grace_s=plan.grace_s, deadline_s=plan.deadline_s)
-        policy = policy.override(
-            quorum=ask.quorum,
-            quorum_fraction=ask.quorum_fraction,
-            grace_s=ask.grace_s,
-            deadline_s=ask.deadline_s,
-        )
+        question = Question() if ask.key is None else Question(ask.key, digest_of(ask))
+        asking = self._find_asked(question)
+        if asking is not None:
+            self.repeated_total += 1
+            asking.join(listener)
+            return asking
+        self._check_recording()
+        candidates = Candidates(self._fleet.select(ask.task, ask.labels), self._fleet.select_away(ask.task, ask.labels))
         request_id = next(self._request_ids)
-        future: asyncio.Future[Outcome] = self._loop.create_future()
-        self._asks[request_id] = future
-        try:
-            self.handle(
-                RoundRequested(
-                    request_id=request_id,
-                    task=ask.task,
-                    body=ask.body,
-                    selected=plan.agents,
-                    unavailable=(),
-                    policy=policy,
-                )
-            )
-            return await future
-        except asyncio.CancelledError:
-            round_id = self._round_of.get(request_id)
-            if round_id is not None:
-                self.handle(RoundCancelled(round_id, "its operator left"))
-            raise
-        finally:
-            self._asks.pop(request_id, None)
-            self._round_of.pop(request_id, None)
+        request = self._planner.plan(ask, candidates, request_id=request_id, operator=operator)
+        asking = self._asks[request_id] = Asking(request_id, question, self._withdraw)
+        asking.join(listener)
+        if question.key is not None and question.digest is not None:
+            self._keys.open(question.key, question.digest, request_id)
+        self.handle(request)
+        return asking
 
-    def reveal(self, reveal: Reveal) -> Revealed:
-        """Scores a round's agents by its truth, and tells them.
+    async def reveal(self, reveal: Reveal) -> Revealed:
+        """Scores a round's agents by its truth, and tells them; returns when that is durable.
 
         Raises:
-            CallFailed: no such round, still open, or told before.
+            CallFailed: no such round, still open, told before, or it cannot be recorded.
         """
         try:
             decode_body(reveal.truth)
         except FrameMalformed as error:
             raise CallFailed("bad-request", f"truth: {error}") from None
+        self._check_recording()
         request_id = next(self._request_ids)
         future: asyncio.Future[Revealed] = self._loop.create_future()
         self._reveals[request_id] = future
-        self.handle(TruthRevealed(request_id, reveal.round, reveal.truth))
-        # The book answers a reveal at once, never later.
-        del self._reveals[request_id]
-        return future.result()
+        try:
+            self.handle(TruthRevealed(request_id, reveal.round, reveal.truth))
+            return await future
+        except CallFailed as error:
+            if self._recorder is None or error.reason != "unknown-round" or not self._recorder.has_truth(reveal.round):
+                raise
+            # Told to an earlier run, say, that died before it could answer.
+            raise CallFailed("already-revealed", f"the truth of round {reveal.round} has been told before") from None
+        finally:
+            del self._reveals[request_id]
+
+    def experience(self, experience: Experience) -> None:
+        """An agent told something of its own accord; where nothing can be recorded, it is dropped."""
+        if self._recorder is not None and (self.recording_problem or self._recorder.is_full):
+            return
+        record, _ = self.ledger.experience(experience)
+        self._record(record)
+
+    def _find_asked(self, question: Question) -> Asking | None:
+        """The round that was asked for under this key: in flight, or over."""
+        if question.key is None or question.digest is None:
+            return None
+        keyed = self._keys.find(question.key, question.digest)
+        if keyed is not None and keyed.request_id is not None:
+            return self._asks.get(keyed.request_id)
+        outcome = keyed.outcome if keyed is not None else None
+        if outcome is None and self._recorder is not None:
+            closed = self._recorder.find_key(question.key)
+            if closed is not None and is_final(outcome_of(closed)):
+                check_same(question.key, closed.digest, question.digest)
+                outcome = outcome_of(closed)
+        if outcome is None:
+            return None
+        asking = Asking(0, question, self._withdraw)
+        asking.answer(outcome)
+        return asking
+
+    def _check_recording(self) -> None:
+        if self.recording_problem:
+            message = f"no round is taken, because none can be recorded: {self.recording_problem}"
+            raise CallFailed("not-recorded", message, retry=True)
+        if self._recorder is not None and self._recorder.is_full:
+            raise CallFailed("busy", "so many records wait for the disk that no more are taken", retry=True)
+
+    def _withdraw(self, asking: Asking) -> None:
+        if asking.opened is not None:
+            self.handle(RoundCancelled(asking.opened.round, "its operator left"))
 
     # --- events ---
 
@@ -208,6 +283,10 @@ class Gatherer:
                 waited_s=reply.waited_s,
             )
         )
+
+    def agent_reachable(self, agent: str) -> None:
+        """An agent has a link it had not: it gets what it owes."""
+        self.handle(AgentReachable(agent))
 
     def agent_lost(self, agent: str, reason: str) -> None:
         """What an agent worked on will not come."""
@@ -244,9 +323,14 @@ class Gatherer:
             self._answer_error(request_id, CallFailed("internal", "the coordinator failed; its log says more"))
 
     def _answer_error(self, request_id: int, error: CallFailed) -> None:
-        future = self._asks.get(request_id) or self._reveals.get(request_id)
-        if future is not None and not future.done():
-            future.set_exception(error)
+        asking = self._asks.pop(request_id, None)
+        if asking is not None:
+            if asking.question.key is not None:
+                self._keys.drop(asking.question.key, request_id)
+            asking.fail(error)
+        revealing = self._reveals.get(request_id)
+        if revealing is not None and not revealing.done():
+            revealing.set_exception(error)
 
     def _arm(self) -> None:
         at = self.book.next_timer()
@@ -263,8 +347,9 @@ class Gatherer:
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
-            case BroadcastAssignment():
-                self._round_of[instruction.request_id] = instruction.round
+            case OpenRound():
+                self._opened(instruction)
+            case SendAssignment():
                 frame = Assignment(
                     round=instruction.round,
                     task=instruction.task,
@@ -272,12 +357,15 @@ class Gatherer:
                     attempt=instruction.attempt,
                     deadline_s=instruction.deadline_s,
                 ).to_frame()
-                self._fleet.send(instruction.agents, frame)
+                self._fleet.send(instruction.agents, frame, is_assignment=True)
+            case TellPart(request_id, round_id, result):
+                if (asking := self._asks.get(request_id)) is not None:
+                    asking.tell(Part(round=round_id, result=as_told(result)))
             case SendCancellation():
                 frame = Cancellation(round=instruction.round, reason=clip_text(instruction.reason)).to_frame()
                 self._fleet.send(instruction.agents, frame)
             case CloseRound(outcome):
-                self._close(outcome)
+                self._closed(outcome)
             case SendFeedback():
                 self.feedback_total[instruction.task] += 1
                 frame = Feedback(round=instruction.round, task=instruction.task, truth=instruction.truth).to_frame()
@@ -286,30 +374,38 @@ class Gatherer:
             case LearnTruth():
                 self._learn(instruction)
             case RejectRequest():
-                self._reject(instruction)
+                error = CallFailed(instruction.reason, instruction.message, retry=instruction.retry)
+                self._answer_error(instruction.request_id, error)
             case NoteStray(kind, round_id, agent):
                 log.debug("stray_reply", kind=kind, round=round_id, agent=agent)
             case OfferLateReply():
-                pass  # counted as a stray; the vote learns from rounds as they were closed
+                self._record(self.ledger.take_late(instruction))
             case NoteForgotten(round_id):
-                self._answers.pop(round_id, None)
+                self.ledger.forget(round_id)
             case AnnounceDrained():
                 if not self._drained.done():
                     self._drained.set_result(None)
             case _:
                 assert_never(instruction)
 
-    def _close(self, closed: BookOutcome) -> None:
+    def _opened(self, opened: OpenRound) -> None:
+        asking = self._asks[opened.request_id]
         try:
-            self._numbers.use(closed.round)
+            self._numbers.use(opened.round)
         except ConfigurationError as error:
-            # The round is over and its operator waits; a later run may use its number again.
+            # The round goes on and its operator waits; a later run may use its number again.
             log.error("round_numbers_not_reserved", problem=str(error))
-        has_quorum = closed.state in ("complete", "quorate")
-        answer = self._combine(closed) if has_quorum else None
-        if answer is not None and answer.body is not None:
-            self._answers[closed.round] = answer.body
-        weights = answer.weights if answer is not None else {}
+        self._record(self.ledger.open(opened, asking.question))
+        asking.tell(
+            Opened(
+                round=opened.round,
+                selected=list(opened.selected),
+                quorum=opened.policy.quorum,
+                deadline_s=opened.policy.deadline_s,
+            )
+        )
+
+    def _closed(self, closed: BookOutcome) -> None:
         for result in closed.results:
             self.replies_total[closed.task, result.status] += 1
             self._count_reply(result.agent, result.status)
@@ -318,34 +414,13 @@ class Gatherer:
         log.debug(
             "round_closed", round=closed.round, task=closed.task, state=closed.state, duration_s=closed.duration_s
         )
-        future = self._asks.get(closed.request_id)
-        if future is None or future.done():
-            return
-        future.set_result(
-            Outcome(
-                round=closed.round,
-                task=closed.task,
-                state=closed.state,
-                quorum=closed.quorum,
-                answer=answer.body if answer is not None else None,
-                support=answer.support if answer is not None else None,
-                results=[
-                    AgentResult(
-                        agent=result.agent,
-                        status=result.status,
-                        body=result.body,
-                        error=clip_text(result.error),
-                        latency_s=result.latency_s,
-                        compute_s=result.compute_s,
-                        waited_s=result.waited_s,
-                        weight=weights.get(result.agent),
-                    )
-                    for result in closed.results
-                ],
-                duration_s=closed.duration_s,
-                reason=clip_text(closed.reason),
-            )
-        )
+        asking = self._asks.get(closed.request_id)  # none where its opening could not be carried out
+        question = Question() if asking is None else asking.question
+        record, outcome = self.ledger.close(closed, question)
+        if question.key is not None and not is_final(outcome):
+            # Whoever asks again from now on wants a new round, and not to hear how this one came to nothing.
+            self._keys.drop(question.key, closed.request_id)
+        self._record(record, Announcement(closed.request_id, outcome))
 
     def _count_reply(self, agent: str, status: str) -> None:
         self.agent_replies_total[agent, status] += 1
@@ -356,50 +431,84 @@ class Gatherer:
             for old in statuses:
                 del self.agent_replies_total[forgotten, old]
 
-    def _combine(self, closed: BookOutcome) -> Answer | None:
-        try:
-            return self.learner.combine(_as_learner_sees(closed))
-        except Exception:
-            # The round is over and its operator waits: a fault of the learner's costs the answer alone.
-            log.exception("learner_failed_to_combine", round=closed.round, task=closed.task)
-            return None
-
     def _learn(self, instruction: LearnTruth) -> None:
-        closed = instruction.outcome
-        future = self._reveals.get(instruction.request_id)
-        seen = _as_learner_sees(closed, self._answers.pop(closed.round, None))
-        try:
-            report = self.learner.learn(seen, instruction.truth)
-        except Exception:
-            log.exception("learner_failed_to_learn", round=closed.round, task=closed.task)
-            if future is not None and not future.done():
-                message = f"the learner failed to learn from round {closed.round}; the coordinator's log says more"
-                future.set_exception(CallFailed("internal", message))
+        record, revealed = self.ledger.learn(instruction)
+        if revealed is not None:
+            self._record(record, Announcement(instruction.request_id, revealed))
+        else:
+            self._record(record)
+            message = f"the learner failed to learn from round {record.round}; the coordinator's log says more"
+            self._answer_error(instruction.request_id, CallFailed("internal", message))
+
+    # --- recording ---
+
+    def _record(self, record: Record, announcement: Announcement | None = None) -> None:
+        """Has something written down; what is to be announced because of it waits for that."""
+        if self._recorder is None:
+            if announcement is not None:
+                self._announce(announcement)
             return
-        if future is not None and not future.done():
-            future.set_result(
-                Revealed(
-                    round=closed.round,
-                    correct=report.correct,
-                    right=dict(report.agents),
-                    weights=dict(report.weights),
-                )
-            )
+        seq = self._last_seq = self._recorder.append(record, time.time(), hurried=announcement is not None)
+        if announcement is not None:
+            self.ledger.hold(seq, announcement)
+            if self.recording_problem:
+                self._answer_unrecorded(announcement)
+        self._rounds_since_checkpoint += isinstance(record, RoundClosed)
+        if self._rounds_since_checkpoint >= self._checkpoint_rounds:
+            self.checkpoint()
 
-    def _reject(self, instruction: RejectRequest) -> None:
-        self._answer_error(
-            instruction.request_id, CallFailed(instruction.reason, instruction.message, retry=instruction.retry)
-        )
+    def checkpoint(self) -> None:
+        """Has the learner's state written down: a restart replays what comes after it only."""
+        if self._recorder is not None and self._last_seq != self._checkpoint_seq:
+            self._rounds_since_checkpoint = 0
+            self._checkpoint_seq = self._last_seq
+            try:
+                self._recorder.append_checkpoint(self._last_seq, self.learner.snapshot())
+            except Exception:
+                # The records are there: a restart takes longer, and that is all.
+                log.exception("checkpoint_failed", seq=self._last_seq)
 
+    def committed(self, seq: int) -> None:
+        """The journal has made all records up to `seq` durable."""
+        self.records_total += seq - self._committed_seq
+        self._committed_seq = seq
+        self.commits_total += 1
+        for announcement in self.ledger.committed(seq):
+            self._announce(announcement)
 
-def _as_learner_sees(closed: BookOutcome, answer: bytes | None = None) -> ClosedRound:
-    return ClosedRound(
-        round=closed.round,
-        task=closed.task,
-        replies=tuple(
-            AgentReply(result.agent, result.body, result.latency_s or 0.0)
-            for result in closed.results
-            if result.status == "replied" and result.body is not None
-        ),
-        answer=answer,
-    )
+    def recording_failed(self, problem: str) -> None:
+        """Records cannot be made durable: nothing is taken until they can, and who waits is told."""
+        log.error("recording_failed", problem=problem)
+        self.recording_problem = problem
+        for announcement in self.ledger.unannounced():
+            self._answer_unrecorded(announcement)
+
+    def recording_recovered(self) -> None:
+        """Records are durable again, those from before among them."""
+        log.info("recording_recovered")
+        self.recording_problem = ""
+
+    def _announce(self, announcement: Announcement) -> None:
+        answer = announcement.answer
+        if isinstance(answer, Revealed):
+            revealing = self._reveals.get(announcement.request_id)
+            if revealing is not None and not revealing.done():
+                revealing.set_result(answer)
+            return
+        asking = self._asks.pop(announcement.request_id, None)
+        if asking is None:
+            return
+        if asking.question.key is not None:
+            self._keys.keep(asking.question.key, announcement.request_id, answer)
+        asking.answer(answer)
+
+    def _answer_unrecorded(self, announcement: Announcement) -> None:
+        """Answers who waits. The announcement stays held: a key is that round's until it is known whether it lasts."""
+        number, why = announcement.answer.round, self.recording_problem
+        if isinstance(announcement.answer, Revealed):
+            message = f"the truth of round {number} is told, but that cannot be recorded now: {why}"
+            self._answer_error(announcement.request_id, CallFailed("not-recorded", message, retry=True))
+        elif (asking := self._asks.get(announcement.request_id)) is not None:
+            again = "ask again later" + ("" if asking.question.key is None else " under the same key")
+            message = f"round {number} is over, but that cannot be recorded now: {why}; {again}"
+            asking.fail(CallFailed("not-recorded", message, retry=True))

@@ -4,11 +4,12 @@ Moments and times are seconds, on the clock of the registry's `now`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Literal, NamedTuple
 
-#: `connected`, `suspect` and `draining` members have a link; `lost` and `left` ones are remembered for a while.
+#: `connected` members have a link, `suspect` and `draining` ones may be without (away); `lost` and `left` ones are
+#: remembered for a while.
 MemberState = Literal["connected", "suspect", "draining", "lost", "left"]
 
 
@@ -16,10 +17,12 @@ class Change(StrEnum):
     """What moves a membership. The text is for people: it stands in the diagram."""
 
     JOINED = "hello with a new session"
+    RESUMED = "hello that resumes"
     SILENT = "silent for suspect_after_s"
     HEARD = "heard again"
-    LEASE_EXPIRED = "silent for lease_s"
+    LEASE_EXPIRED = "silent or away for lease_s"
     LINK_BROKEN = "link broken"
+    BROKEN_OFF = "broken off"
     DRAINING = "drain"
     LEFT = "goodbye"
 
@@ -35,19 +38,25 @@ class Transition(NamedTuple):
 #: The whole table; what is not in it changes nothing.
 TRANSITIONS: Final = (
     Transition("connected", Change.SILENT, "suspect"),
+    Transition("connected", Change.LINK_BROKEN, "suspect"),
     Transition("connected", Change.JOINED, "connected"),
+    Transition("connected", Change.RESUMED, "connected"),
     Transition("connected", Change.DRAINING, "draining"),
-    Transition("connected", Change.LINK_BROKEN, "lost"),
+    Transition("connected", Change.BROKEN_OFF, "lost"),
     Transition("connected", Change.LEFT, "left"),
     Transition("suspect", Change.HEARD, "connected"),
+    Transition("suspect", Change.LINK_BROKEN, "suspect"),
     Transition("suspect", Change.JOINED, "connected"),
+    Transition("suspect", Change.RESUMED, "connected"),
     Transition("suspect", Change.DRAINING, "draining"),
     Transition("suspect", Change.LEASE_EXPIRED, "lost"),
-    Transition("suspect", Change.LINK_BROKEN, "lost"),
+    Transition("suspect", Change.BROKEN_OFF, "lost"),
     Transition("suspect", Change.LEFT, "left"),
+    Transition("draining", Change.LINK_BROKEN, "draining"),
     Transition("draining", Change.JOINED, "connected"),
+    Transition("draining", Change.RESUMED, "draining"),
     Transition("draining", Change.LEASE_EXPIRED, "lost"),
-    Transition("draining", Change.LINK_BROKEN, "lost"),
+    Transition("draining", Change.BROKEN_OFF, "lost"),
     Transition("draining", Change.LEFT, "left"),
     Transition("lost", Change.JOINED, "connected"),
     Transition("left", Change.JOINED, "connected"),
@@ -77,6 +86,10 @@ class AgentJoined:
     address: str
     #: The agent's software and version, for people.
     software: str
+    #: Of the new session, if it becomes one; made by the shell, hard to guess.
+    secret: str = field(default="", repr=False)
+    #: The session that the agent wants to go on with, and its secret.
+    resume: tuple[str, str] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +118,13 @@ class TimerFired:
 
 @dataclass(frozen=True, slots=True)
 class LinkBroken:
-    """A link ended without a goodbye."""
+    """The session's link ended without a goodbye. Not of a link that another has replaced."""
 
     agent: str
     session: str
     reason: str = ""
+    #: Whether the session ends with it: one side broke it off, and nobody will resume it.
+    is_final: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +159,14 @@ class AdmitAgent:
 
 
 @dataclass(frozen=True, slots=True)
+class ResumeSession:
+    """Welcome the agent back: its old session goes on over the link that said hello."""
+
+    agent: str
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class RefuseAgent:
     """Answer this session's hello with a refusal. It is no member."""
 
@@ -158,7 +181,7 @@ class RefuseAgent:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceLink:
-    """Close the old session's link as replaced; a new one has taken over. `DeclareLost` of the old follows."""
+    """Close the session's link as replaced; a new one has taken over. `DeclareLost` or `ResumeSession` follows."""
 
     agent: str
     old_session: str
@@ -173,8 +196,17 @@ class DeclareSuspect:
 
 
 @dataclass(frozen=True, slots=True)
+class DeclareAway:
+    """Report an agent as without a link: nothing can be sent to it, and its session waits for another."""
+
+    agent: str
+    session: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeclareReturned:
-    """Report a suspect agent as heard again."""
+    """Report a suspect agent as heard again over its link."""
 
     agent: str
     session: str
@@ -198,7 +230,17 @@ class DeclareLeft:
     reason: str
 
 
-Instruction = AdmitAgent | RefuseAgent | ReplaceLink | DeclareSuspect | DeclareReturned | DeclareLost | DeclareLeft
+Instruction = (
+    AdmitAgent
+    | ResumeSession
+    | RefuseAgent
+    | ReplaceLink
+    | DeclareSuspect
+    | DeclareAway
+    | DeclareReturned
+    | DeclareLost
+    | DeclareLeft
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,5 +262,7 @@ class Member:
     last_seen_at: float
     #: When it came to its state.
     state_since: float
-    #: With lost and left: why.
+    #: Whether there is a link. Members without one are away (suspect or draining), lost or left.
+    has_link: bool
+    #: With lost, left and away: why.
     reason: str

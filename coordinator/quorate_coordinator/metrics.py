@@ -16,6 +16,7 @@ from quorate_coordinator.fleet import Fleet
 from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.learner.api import Learner
 from quorate_coordinator.operators import Operators
+from quorate_coordinator.recording import Recording
 from quorate_coordinator.rounds.instructions import StrayKind
 from quorate_protocol import __version__
 from quorate_protocol.errors import Code
@@ -46,6 +47,8 @@ class Sources:
     started_at_unix_s: float
     fleet: Fleet
     gatherer: Gatherer
+    #: None without a journal.
+    recording: Recording | None
     operators: Operators
     server: ServerStats
     #: By result, one of `HANDSHAKE_RESULTS`.
@@ -66,11 +69,28 @@ class _StateCollector(Collector):
         yield from self._rounds(sources.gatherer)
         yield from self._learner(sources.gatherer.learner)
         yield _counter("quorate_calls", "Operators' calls.", ["call", "result"], sources.operators.calls_total)
+        yield _counter(
+            "quorate_calls_repeated",
+            "Calls that were answered by a round asked for before under the same key.",
+            [],
+            {(): sources.gatherer.repeated_total},
+        )
+        yield from self._journal(sources)
         yield from self._transport(sources)
 
     def _fleet(self, sources: Sources) -> Iterator[Metric]:
         registry, learner = sources.fleet.registry, sources.gatherer.learner
         yield _gauge("quorate_agents", "Agents by state.", ["state"], _keyed(registry.counts()))
+        fleet = sources.fleet
+        yield _counter(
+            "quorate_resumptions",
+            "Sessions that went on over a new link; incomplete where so much was sent that some frames were not kept.",
+            ["result"],
+            {
+                ("complete",): fleet.resumed_total - fleet.resumed_with_gap_total,
+                ("incomplete",): fleet.resumed_with_gap_total,
+            },
+        )
         latencies = {member.agent: learner.latency(member.agent) for member in registry.agents()}
         yield _gauge(
             "quorate_agent_reply_latency_seconds",
@@ -126,6 +146,21 @@ class _StateCollector(Collector):
             ["task"],
             {(score.task,): score.accuracy for score in scores if score.accuracy is not None},
         )
+
+    def _journal(self, sources: Sources) -> Iterator[Metric]:
+        gatherer, recording = sources.gatherer, sources.recording
+        failing = float(bool(gatherer.recording_problem))
+        yield _gauge("quorate_journal_failing", "1 while nothing can be recorded.", [], {(): failing})
+        durable = commits = pending_bytes = file_bytes = damaged = 0
+        if recording is not None:
+            durable, commits = gatherer.records_total, gatherer.commits_total
+            pending_bytes = recording.journal.pending_bytes
+            file_bytes, damaged = recording.file_bytes, recording.damaged_total
+        yield _counter("quorate_journal_records", "Records that became durable.", [], {(): durable})
+        yield _counter("quorate_journal_commits", "Commits that made records durable.", [], {(): commits})
+        yield _counter("quorate_journal_damaged", "Times that something read was not as written.", [], {(): damaged})
+        yield _gauge("quorate_journal_pending_bytes", "Bytes that wait for the disk.", [], {(): pending_bytes})
+        yield _gauge("quorate_journal_file_bytes", "Size of the journal and its log.", [], {(): file_bytes})
 
     def _transport(self, sources: Sources) -> Iterator[Metric]:
         server = sources.server

@@ -17,6 +17,7 @@ from quorate_protocol.errors import (
     FrameTooLarge,
     ProtocolError,
     QuorateError,
+    StreamError,
     UnexpectedMessage,
 )
 from quorate_protocol.limits import STREAMS_MAX
@@ -24,13 +25,16 @@ from quorate_protocol.messages import (
     Agents,
     Ask,
     CallError,
+    DrainAgent,
+    Draining,
     Fleet,
     Goodbye,
     Hello,
     Message,
+    Opened,
     Outcome,
+    Part,
     Reveal,
-    Role,
     Welcome,
     clip_text,
 )
@@ -62,6 +66,7 @@ class Operators:
         self,
         gatherer: Gatherer,
         list_fleet: Callable[[], Fleet],
+        drain_agent: Callable[[str, str], None],
         *,
         pulse_s: float,
         lease_s: float,
@@ -70,6 +75,7 @@ class Operators:
     ) -> None:
         self._gatherer = gatherer
         self._list_fleet = list_fleet
+        self._drain_agent = drain_agent
         self._pulse_s = pulse_s
         self._lease_s = lease_s
         self._handshakes_total = handshakes_total
@@ -100,7 +106,7 @@ class Operators:
             log.info("operator_joined", operator=hello.id, role=hello.role, address=connection.peer)
             reason = await first_of(
                 _read_control(control),
-                self._accept_calls(connection, hello.role, calls),
+                self._accept_calls(connection, hello, calls),
                 refuse_streams(connection.accept_uni_stream, _SURPLUS, on_refused=self._count_surplus),
             )
         except ProtocolError as error:
@@ -119,7 +125,7 @@ class Operators:
         if self._owed:
             await asyncio.wait(self._owed, timeout=timeout_s)
 
-    async def _accept_calls(self, connection: Connection, role: Role, calls: set[asyncio.Task[None]]) -> str:
+    async def _accept_calls(self, connection: Connection, hello: Hello, calls: set[asyncio.Task[None]]) -> str:
         unanswered: set[int] = set()
         while True:
             stream = await connection.accept_bi_stream()
@@ -127,14 +133,14 @@ class Operators:
                 await _answer_busy(stream)
                 continue
             unanswered.add(stream.id)
-            call = asyncio.create_task(self._serve_call(stream, role, unanswered), name=f"call {stream.id}")
+            call = asyncio.create_task(self._serve_call(stream, hello, unanswered), name=f"call {stream.id}")
             calls.add(call)
             call.add_done_callback(calls.discard)
 
     def _count_surplus(self) -> None:
         self._protocol_errors_total[_SURPLUS.name] += 1
 
-    async def _serve_call(self, stream: BiStream, role: Role, unanswered: set[int]) -> None:
+    async def _serve_call(self, stream: BiStream, caller: Hello, unanswered: set[int]) -> None:
         channel = Channel(stream)
         stream.priority = Priority.HIGH
         this = asyncio.current_task()
@@ -144,7 +150,7 @@ class Operators:
             if request is None:
                 raise UnexpectedMessage("no", "on a call stream")
             self._owed.add(this)
-            answer = await self._answer(channel, request, role)
+            answer = await self._answer(channel, request, caller)
             await stream.send(_fit(answer))
             await channel.finish()
             unanswered.discard(stream.id)
@@ -164,7 +170,7 @@ class Operators:
             self._owed.discard(this)
             unanswered.discard(stream.id)
 
-    async def _answer(self, channel: Channel, request: Message, role: Role) -> Message:
+    async def _answer(self, channel: Channel, request: Message, caller: Hello) -> Message:
         """The answer to a request; an error where it cannot be done.
 
         Raises:
@@ -172,16 +178,19 @@ class Operators:
             StreamError, LinkError: it was withdrawn.
         """
         call = request.wire_type
-        if not isinstance(request, Ask | Reveal | Agents):
+        if not isinstance(request, Ask | Reveal | Agents | DrainAgent):
             raise UnexpectedMessage(call, "on a call stream")
         try:
-            if role == "observer" and not isinstance(request, Agents):
+            if caller.role == "observer" and not isinstance(request, Agents):
                 raise CallFailed("forbidden", f"an observer may not {call}")
             match request:
                 case Ask():
-                    answer: Message = await self._ask(channel, request)
+                    answer: Message = await self._ask(channel, request, caller.id)
                 case Reveal():
-                    answer = self._gatherer.reveal(request)
+                    answer = await self._gatherer.reveal(request)
+                case DrainAgent(agent=agent, reason=reason):
+                    self._drain_agent(agent, reason)
+                    answer = Draining(agent=agent)
                 case Agents():
                     answer = self._list_fleet()
         except CallFailed as error:
@@ -197,24 +206,64 @@ class Operators:
         self.calls_total[call, "ok"] += 1
         return answer
 
-    async def _ask(self, channel: Channel, ask: Ask) -> Message:
-        """A round; withdrawn when the operator gives the stream up before its end."""
-        asking = asyncio.ensure_future(self._gatherer.ask(ask))
+    async def _ask(self, channel: Channel, ask: Ask, operator: str) -> Message:
+        """A round, from its opening to its outcome; its operator may give it up before."""
+        told: asyncio.Queue[Opened | Part | None] = asyncio.Queue()  # bounded by the round's agents
+        listener = told.put_nowait if ask.stream else None
+        asking = self._gatherer.ask(ask, operator, listener)
+        telling = asyncio.ensure_future(_tell(channel, told))
         watching = asyncio.ensure_future(channel.receive())
         try:
-            await asyncio.wait((asking, watching), return_when=asyncio.FIRST_COMPLETED)
-            # It may finish its side early and go on listening; a reset raises here.
-            if not asking.done() and watching.result() is not None:
-                raise UnexpectedMessage("second", "on a call stream")
-            return await asking
+            await asyncio.wait((asking.outcome, watching, telling), return_when=asyncio.FIRST_COMPLETED)
+            if not asking.outcome.done():
+                # It may finish its side early and go on listening; a reset raises here.
+                if watching.done() and watching.result() is not None:
+                    raise UnexpectedMessage("second", "on a call stream")
+                if telling.done():
+                    telling.result()
+            outcome = await asyncio.shield(asking.outcome)
+            told.put_nowait(None)
+            await telling
+            return outcome
         finally:
-            asking.cancel()
-            watching.cancel()
-            await asyncio.wait((asking, watching))
-            if not asking.cancelled():
-                asking.exception()
-            if not watching.cancelled():
-                watching.exception()
+            # First of all: the connection's end cancels this once more while it waits. Who resets the call
+            # withdraws it, also where the connection ends right after.
+            if _is_withdrawn(watching, telling):
+                asking.withdraw(listener)
+            else:
+                asking.leave(listener)
+            for task in (watching, telling):
+                task.cancel()
+            await asyncio.wait((watching, telling))
+            for task in (watching, telling):
+                if not task.cancelled():
+                    task.exception()
+
+
+def _is_withdrawn(watching: "asyncio.Future[Message | None]", telling: "asyncio.Future[None]") -> bool:
+    """Whether the operator has reset or stopped the call's stream, or broken the protocol on it."""
+    for task in (watching, telling):
+        if task.done() and not task.cancelled():
+            error = task.exception()
+            if isinstance(error, StreamError | ProtocolError) or (error is None and task.result() is not None):
+                return True
+    return False
+
+
+async def _tell(channel: Channel, told: "asyncio.Queue[Opened | Part | None]") -> None:
+    """Sends what a streamed call is told, as fast as its operator reads, up to a None.
+
+    Raises:
+        StreamError, LinkError: nobody reads.
+    """
+    while (message := await told.get()) is not None:
+        try:
+            frame = message.to_frame()
+        except FrameTooLarge:
+            if not isinstance(message, Opened):
+                raise
+            frame = message.model_copy(update={"selected": []}).to_frame()  # very many agents: the outcome names them
+        await channel.stream.send(frame)
 
 
 async def _read_control(control: Channel) -> str:

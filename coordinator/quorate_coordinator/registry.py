@@ -2,9 +2,9 @@
 
 Theory of operation. The shell turns what happens to links into events, hands each to
 `Registry.handle(event, now)`, and carries out the instructions in order. `now` is a monotonic time in
-seconds. A membership is one agent's time on one link, named by its session; the session in an event
-must be the agent's current one, otherwise the event is about a link that has been replaced or declared
-lost, and changes nothing.
+seconds. A membership is named by its session; the session in an event must be the agent's current one,
+otherwise the event is about a session that is over, and changes nothing. A session has one link at a
+time; of a link that was replaced within its session the shell reports nothing more.
 
 Leases. Any packet renews a lease. The shell does not report each one: it reports pulses (`PacketSeen`),
 and when `next_timer` has come it asks `lease_due(now)` whose leases are to be looked at, and gives what
@@ -14,14 +14,21 @@ only, and between the steps lie at least `lease_s - suspect_after_s`: a coordina
 stopped for a while (a debugger, a suspended machine) hears its agents out before it declares anybody
 lost.
 
+Links break, sessions go on. An agent whose link is gone without a goodbye is *away*: suspect (or still
+draining) without a link. It keeps its session for a whole lease from when the break was noticed; a hello
+with the session's name and secret resumes it. A check that comes late by more than the last part of a
+lease finds a coordinator that was stopped: who is away then gets that part once more, to come back in.
+
 Suspect agents are still asked. Most silences end: the network lost some pulses, or the agent's
 machine is overloaded; leaving it out would shrink rounds at every hiccup, while asking it costs at
-most the wait that quorum, grace and deadline bound anyway. Draining agents are not asked.
+most the wait that quorum, grace and deadline bound anyway. Those who are away cannot be asked now, and may
+be when they return: they are selected apart. Draining agents are not asked.
 
-A session dies with its link. A second hello under the same identity takes over at once: the
-old link is closed as replaced, and what was assigned over it is lost with it.
+A second hello under the same identity that resumes nothing takes over at once: the old link is closed as
+replaced, the old session is over, and what was assigned in it is lost with it.
 """
 
+import hmac
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,6 +41,7 @@ from quorate_coordinator.membership import (
     AgentJoined,
     AgentLeft,
     Change,
+    DeclareAway,
     DeclareLeft,
     DeclareLost,
     DeclareReturned,
@@ -47,6 +55,7 @@ from quorate_coordinator.membership import (
     PacketSeen,
     RefuseAgent,
     ReplaceLink,
+    ResumeSession,
     TimerFired,
 )
 from quorate_coordinator.timers import Timers
@@ -68,17 +77,45 @@ class _Entry:
     joined_at: float
     last_seen_at: float
     state_since: float
+    secret: str = field(repr=False)
     state: MemberState = "connected"
+    #: Since when there is no link; None while there is one.
+    away_since: float | None = None
     reason: str = ""
+
+
+class _Roster:
+    """A set of agents, and the same sorted."""
+
+    __slots__ = ("_in_order", "agents")
+
+    def __init__(self) -> None:
+        self.agents: set[str] = set()
+        #: None when it has to be sorted again.
+        self._in_order: tuple[str, ...] | None = ()
+
+    def add(self, agent: str) -> None:
+        self.agents.add(agent)
+        self._in_order = None
+
+    def discard(self, agent: str) -> None:
+        if agent in self.agents:
+            self.agents.remove(agent)
+            self._in_order = None
+
+    def in_order(self) -> tuple[str, ...]:
+        """The same object until somebody comes or goes."""
+        if self._in_order is None:
+            self._in_order = tuple(sorted(self.agents))
+        return self._in_order
 
 
 @dataclass(slots=True)
 class _TaskIndex:
-    """Who can be asked to do one task."""
+    """Who can be asked to do one task: at once, or when they are back."""
 
-    agents: set[str] = field(default_factory=set)
-    #: The same, sorted; None when that has to be done again.
-    in_order: tuple[str, ...] | None = ()
+    linked: _Roster = field(default_factory=_Roster)
+    away: _Roster = field(default_factory=_Roster)
 
 
 class Registry:
@@ -95,9 +132,9 @@ class Registry:
         """An empty fleet.
 
         Args:
-            lease_s: Seconds of silence after which an agent is lost.
+            lease_s: Seconds of silence, or of being away, after which an agent is lost.
             suspect_after_s: Seconds of silence after which it is suspect; None is half of `lease_s`.
-            agents_max: Agents with a link; one more is refused as `full`, until one goes.
+            agents_max: Agents with a session; one more is refused as `full`, until one goes.
             departed_max: Agents remembered after they were lost or left; the longest gone is dropped.
 
         Raises:
@@ -112,9 +149,9 @@ class Registry:
         self._live: dict[str, _Entry] = {}
         #: In the order of departure.
         self._departed: OrderedDict[str, _Entry] = OrderedDict()
-        #: Task to the agents that are connected or suspect. No task without one.
+        #: Task to the agents that are connected or suspect, away or not. No task without one.
         self._by_task: dict[str, _TaskIndex] = {}
-        #: One for each live agent: when its silence is looked at.
+        #: One for each live agent: when its silence, or absence, is looked at.
         self._timers: Timers[str] = Timers()
         self._counts: dict[MemberState, int] = dict.fromkeys(get_args(MemberState), 0)
 
@@ -142,13 +179,16 @@ class Registry:
                 if entry is not None and entry.state != "draining":
                     self._move(entry, Change.DRAINING, now)
                     self._unindex(entry)
-                    self._timers.set(entry.agent, entry.last_seen_at + self._lease_s)
+                    self._timers.set(entry.agent, self._lease_ends_at(entry))
                 return []
             case LinkBroken():
                 entry = self._current(event.agent, event.session)
                 if entry is None:
                     return []
-                return self._depart(entry, Change.LINK_BROKEN, event.reason or "link broken", now)
+                reason = event.reason or "link broken"
+                if event.is_final:
+                    return self._depart(entry, Change.BROKEN_OFF, reason, now)
+                return self._lose_link(entry, reason, now)
             case AgentLeft():
                 entry = self._current(event.agent, event.session)
                 return [] if entry is None else self._depart(entry, Change.LEFT, event.reason, now)
@@ -166,23 +206,37 @@ class Registry:
         return self._timers.due(now)
 
     def select(self, task: str, labels: Mapping[str, str] | None = None) -> tuple[str, ...]:
-        """Agents that can be asked to do a task and carry all these labels, sorted; suspect ones too.
+        """Agents that can be asked now to do a task and carry all these labels, sorted; suspect ones too.
 
         Costs by the agents that have the task, and nothing to speak of when nobody came or went since
         the last time and no labels are asked for.
         """
         index = self._by_task.get(task)
-        if index is None:
-            return ()
-        if index.in_order is None:
-            index.in_order = tuple(sorted(index.agents))
+        return () if index is None else self._carrying(labels, index.linked)
+
+    def select_away(self, task: str, labels: Mapping[str, str] | None = None) -> tuple[str, ...]:
+        """As `select`, those who are away: without a link, and expected back within their lease."""
+        index = self._by_task.get(task)
+        return () if index is None else self._carrying(labels, index.away)
+
+    def _carrying(self, labels: Mapping[str, str] | None, roster: _Roster) -> tuple[str, ...]:
         if not labels:
-            return index.in_order
+            return roster.in_order()
         wanted = labels.items()
-        return tuple(agent for agent in index.in_order if wanted <= self._live[agent].labels.items())
+        return tuple(agent for agent in roster.in_order() if wanted <= self._live[agent].labels.items())
+
+    def can_resume(self, agent: str, resume: tuple[str, str] | None) -> bool:
+        """Whether a hello of this agent with this `resume` (session, secret) would go on with its session now."""
+        entry = self._live.get(agent)
+        if entry is None or resume is None:
+            return False
+        session, secret = resume
+        # Both compared in any case, each in a time that says nothing of where they differ.
+        is_session = hmac.compare_digest(entry.session.encode(), session.encode())
+        return hmac.compare_digest(entry.secret.encode(), secret.encode()) and is_session and bool(secret)
 
     def session_of(self, agent: str) -> str | None:
-        """The session of an agent that has a link; None for any other."""
+        """The session of an agent that has one, with a link or away; None for any other."""
         entry = self._live.get(agent)
         return None if entry is None else entry.session
 
@@ -196,7 +250,7 @@ class Registry:
         return dict(self._counts)
 
     def tasks(self) -> tuple[str, ...]:
-        """Tasks that somebody can be asked to do, sorted."""
+        """Tasks that somebody can be asked to do, now or when they are back, sorted."""
         return tuple(sorted(self._by_task))
 
     # --- what events do ---
@@ -213,7 +267,11 @@ class Registry:
         if old is not None:
             if old.session == event.session:
                 return []
-            instructions += [ReplaceLink(agent, old.session), DeclareLost(agent, old.session, "replaced by a new link")]
+            if old.away_since is None:
+                instructions.append(ReplaceLink(agent, old.session))
+            if self.can_resume(agent, event.resume):
+                return [*instructions, *self._resume(old, event, now)]
+            instructions.append(DeclareLost(agent, old.session, "replaced by a new link"))
             self._unindex(old)
         elif len(self._live) >= self._agents_max:
             message = f"{len(self._live)} agents are connected, as many as there may be"
@@ -233,6 +291,7 @@ class Registry:
             joined_at=now,
             last_seen_at=now,
             state_since=now,
+            secret=event.secret,
         )
         self._counts[entry.state] += 1
         self._live[agent] = entry
@@ -240,8 +299,38 @@ class Registry:
         self._timers.set(agent, now + self._suspect_after_s)
         return [*instructions, AdmitAgent(agent, event.session)]
 
+    def _resume(self, entry: _Entry, event: AgentJoined, now: float) -> list[Instruction]:
+        self._unindex(entry)
+        entry.instance = event.instance
+        entry.labels = dict(event.labels)
+        entry.tasks = tuple(sorted(event.tasks))
+        entry.address = event.address
+        entry.software = event.software
+        entry.last_seen_at = now
+        entry.away_since = None
+        entry.reason = ""
+        self._move(entry, Change.RESUMED, now)
+        if entry.state != "draining":
+            self._index(entry)
+        self._timers.set(entry.agent, self._lease_ends_at(entry))
+        return [ResumeSession(entry.agent, entry.session)]
+
+    def _lose_link(self, entry: _Entry, reason: str, now: float) -> list[Instruction]:
+        if entry.away_since is not None:
+            return []
+        self._unindex(entry)
+        entry.away_since = now
+        entry.reason = reason
+        self._move(entry, Change.LINK_BROKEN, now)
+        if entry.state != "draining":
+            self._index(entry)
+        self._timers.set(entry.agent, self._lease_ends_at(entry))
+        return [DeclareAway(entry.agent, entry.session, reason)]
+
     def _hear(self, entry: _Entry, seen_at: float, now: float) -> list[Instruction]:
         """Renews a lease. The timer stays: it finds out when it fires."""
+        if entry.away_since is not None:
+            return []
         entry.last_seen_at = max(entry.last_seen_at, min(seen_at, now))
         if entry.state != "suspect" or entry.last_seen_at + self._suspect_after_s <= now:
             return []
@@ -251,6 +340,7 @@ class Registry:
 
     def _check_leases(self, now: float) -> list[Instruction]:
         instructions: list[Instruction] = []
+        last_part_s = self._lease_s - self._suspect_after_s
         for agent in self._timers.pop_due(now):
             entry = self._live[agent]
             ends_at = self._lease_ends_at(entry)
@@ -260,13 +350,22 @@ class Registry:
                 self._move(entry, Change.SILENT, now)
                 self._timers.set(agent, self._lease_ends_at(entry))
                 instructions.append(DeclareSuspect(agent, entry.session))
+            elif entry.away_since is not None and now >= ends_at + last_part_s:
+                # We were stopped, and it may have knocked in vain.
+                entry.away_since = now - self._suspect_after_s
+                self._timers.set(agent, self._lease_ends_at(entry))
+            elif entry.away_since is not None:
+                reason = f"did not come back within {self._lease_s:.3g} s: {entry.reason}"
+                instructions += self._depart(entry, Change.LEASE_EXPIRED, reason, now)
             else:
                 silent_s = now - entry.last_seen_at
                 instructions += self._depart(entry, Change.LEASE_EXPIRED, f"not heard for {silent_s:.3g} s", now)
         return instructions
 
     def _lease_ends_at(self, entry: _Entry) -> float:
-        """When silence moves this agent on, from the state it is in."""
+        """When silence or absence moves this agent on, from the state it is in."""
+        if entry.away_since is not None:
+            return entry.away_since + self._lease_s
         if entry.state == "connected":
             return entry.last_seen_at + self._suspect_after_s
         ends_at = entry.last_seen_at + self._lease_s
@@ -280,6 +379,7 @@ class Registry:
         del self._live[entry.agent]
         self._move(entry, change, now)
         entry.reason = reason
+        entry.secret = ""
         self._departed[entry.agent] = entry
         if len(self._departed) > self._departed_max:
             _, forgotten = self._departed.popitem(last=False)
@@ -291,26 +391,28 @@ class Registry:
     # --- keeping the books ---
 
     def _move(self, entry: _Entry, change: Change, now: float) -> None:
+        target = NEXT[entry.state, change]
+        if target == entry.state:
+            return
         self._counts[entry.state] -= 1
-        entry.state = NEXT[entry.state, change]
+        entry.state = target
         entry.state_since = now
-        self._counts[entry.state] += 1
+        self._counts[target] += 1
 
     def _index(self, entry: _Entry) -> None:
         for task in entry.tasks:
             index = self._by_task.setdefault(task, _TaskIndex())
-            index.agents.add(entry.agent)
-            index.in_order = None
+            (index.linked if entry.away_since is None else index.away).add(entry.agent)
 
     def _unindex(self, entry: _Entry) -> None:
         """Takes an agent out of every task's index; one that is not in it (draining) is no error."""
         for task in entry.tasks:
             index = self._by_task.get(task)
-            if index is None or entry.agent not in index.agents:
+            if index is None:
                 continue
-            index.agents.discard(entry.agent)
-            index.in_order = None
-            if not index.agents:
+            index.linked.discard(entry.agent)
+            index.away.discard(entry.agent)
+            if not index.linked.agents and not index.away.agents:
                 del self._by_task[task]
 
 
@@ -327,5 +429,6 @@ def _snapshot(entry: _Entry) -> Member:
         joined_at=entry.joined_at,
         last_seen_at=entry.last_seen_at,
         state_since=entry.state_since,
+        has_link=entry.away_since is None and entry.state not in ("lost", "left"),
         reason=entry.reason,
     )

@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Coroutine
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypedDict
 
 import structlog
 
@@ -23,8 +23,11 @@ from quorate_coordinator.http import HttpServer
 from quorate_coordinator.learner.api import Learner
 from quorate_coordinator.learner.fixed_share import LEARNING_RATE, SHARE
 from quorate_coordinator.learner.vote import VoteLearner
+from quorate_coordinator.ledger import Ledger
 from quorate_coordinator.metrics import Metrics, Sources
+from quorate_coordinator.modalities import Modalities, load_consumers
 from quorate_coordinator.operators import Operators
+from quorate_coordinator.recording import Recording
 from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits
 from quorate_coordinator.rounds.policy import RoundPolicy
@@ -32,8 +35,10 @@ from quorate_coordinator.serving import refuse_streams
 from quorate_coordinator.settings import Settings
 from quorate_protocol import __version__
 from quorate_protocol.channel import Channel
+from quorate_protocol.client import Client
 from quorate_protocol.credentials import find_token
 from quorate_protocol.errors import (
+    CallFailed,
     Code,
     ConfigurationError,
     ConnectionClosed,
@@ -42,12 +47,13 @@ from quorate_protocol.errors import (
     QuorateError,
     Refused,
     ServerClosed,
+    UnexpectedMessage,
 )
 from quorate_protocol.limits import FRAME_BYTES_MAX, HELLO_BYTES_MAX
-from quorate_protocol.messages import AgentInfo, Hello, Refusal
+from quorate_protocol.messages import AgentInfo, Hello, Message, Modality, Refusal, Telemetry
 from quorate_protocol.messages import Fleet as FleetListing
-from quorate_protocol.transport import Connection, Server, ServerTls, listen
-from quorate_protocol.transport.address import join_host_port
+from quorate_protocol.transport import ClientTls, Connection, ReceiveStream, Server, ServerTls, listen
+from quorate_protocol.transport.address import MEMORY_PREFIX, join_host_port
 
 log = structlog.get_logger()
 
@@ -61,14 +67,22 @@ _REFUSAL_TIMEOUT_S: Final = 2.0
 _STRANGER_STREAMS_MAX: Final = 16
 
 
+class Credentials(TypedDict):
+    """What agents and operators join with."""
+
+    token: str
+    tls: ClientTls | None
+
+
 class Coordinator:
     """A coordinator in this process and loop.
 
-    ::
+    Without a network, for agents and operators of the same process::
 
-        async with Coordinator(Settings()) as coordinator:
-            host, port = coordinator.address
-            ...
+        async with Coordinator(Settings(listen="memory:mine", http="")) as coordinator:
+            joined = asyncio.create_task(agent.run(coordinator.url, **coordinator.credentials))
+            async with await coordinator.client() as client:
+                outcome = await client.ask("classify", {"x": 1.5})
 
     Args:
         settings: checked settings.
@@ -79,10 +93,15 @@ class Coordinator:
         self.settings: Final = settings
         self.metrics: Final = Metrics()
         self.started_at_unix_s = time.time()
-        self._learner: Learner = learner or _make_learner(settings)
+        #: Who takes what agents send on streams of their own; `register` more before `start`, or any time.
+        self.modalities: Final = Modalities(lambda experience: self._gatherer.experience(experience))
+        self._given_learner = learner
+        self._recording: Recording | None = None
         self._server: Server | None = None
         self._http = HttpServer(self.metrics.registry, lambda: self.is_ready)
         self._token = ""
+        #: None trusts the system's authorities.
+        self._client_tls: ClientTls | None = None
         self._is_draining = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._fleet: Fleet
@@ -100,50 +119,77 @@ class Coordinator:
             ConfigurationError: an address is taken, a file cannot be read.
         """
         settings = self.settings
+        for topic, consumer in load_consumers(settings.consumers).items():
+            self.modalities.register(topic, consumer)
         tls, self._token, development = _credentials(settings)
+        if development is not None:
+            self._client_tls = ClientTls(development.ca_file)
         sessions = settings.sessions
         self._fleet = Fleet(
             lease_s=sessions.lease_s,
             pulse_s=sessions.pulse_s,
             open_timeout_s=sessions.hello_timeout_s,
             on_reply=lambda agent, reply: self._gatherer.reply_received(agent, reply),
+            on_reachable=lambda agent: self._gatherer.agent_reachable(agent),
             on_lost=lambda agent, reason: self._gatherer.agent_lost(agent, reason),
+            serve_stream=self._serve_stream,
             handshakes_total=self._handshakes_total,
             protocol_errors_total=self._protocol_errors_total,
         )
+        numbers = RoundNumbers(settings.state_dir / "next-round")
+        # Reading a long journal takes a while: the loop has nothing else to do yet.
+        recording = self._recording = Recording.open(settings, self._make_learner, self._restore_learner)
+        recovered = None if recording is None else recording.recovered
         self._gatherer = Gatherer(
             self._fleet,
-            self._learner,
+            Ledger(self._make_learner()) if recovered is None else recovered.ledger,
+            recording,
             policy=_policy(settings),
             limits=BookLimits(
                 in_flight_max=settings.rounds.in_flight_max,
                 in_flight_per_agent_max=settings.rounds.in_flight_per_agent_max,
+                in_flight_per_operator_max=settings.rounds.in_flight_per_operator_max,
                 remembered_max=settings.rounds.remembered_max,
             ),
-            numbers=RoundNumbers(settings.state_dir / "next-round"),
+            numbers=numbers,
+            first_round=numbers.first if recovered is None else max(numbers.first, recovered.next_round),
+            first_seq=1 if recording is None else recording.first_seq,
+            checkpoint_rounds=settings.journal.checkpoint_rounds,
             observe_duration=self.metrics.observe_duration,
         )
+        if recording is not None:
+            self._gatherer.recall(recording.recovered.awaiting, recording.recovered.replayed)
+            recording.journal.start(
+                asyncio.get_running_loop(),
+                self._gatherer.committed,
+                self._gatherer.recording_failed,
+                self._gatherer.recording_recovered,
+            )
         self._operators = Operators(
             self._gatherer,
             self.list_fleet,
+            self._drain_agent,
             pulse_s=sessions.pulse_s,
             lease_s=sessions.lease_s,
             handshakes_total=self._handshakes_total,
             protocol_errors_total=self._protocol_errors_total,
         )
-        self._server = await listen(settings.listen, tls=tls)
         try:
+            self._server = await listen(settings.listen, tls=tls)
             if settings.http_address is not None:
                 await self._http.start(*settings.http_address)
         except BaseException:
-            server, self._server = self._server, None
-            await server.close()
+            if self._server is not None:
+                server, self._server = self._server, None
+                await server.close()
+            await self._close_recording()
             raise
         self.metrics.attach(
             Sources(
                 started_at_unix_s=self.started_at_unix_s,
                 fleet=self._fleet,
                 gatherer=self._gatherer,
+                recording=recording,
                 operators=self._operators,
                 server=self._server.stats,
                 handshakes_total=self._handshakes_total,
@@ -151,6 +197,8 @@ class Coordinator:
             )
         )
         self._spawn(self._accept(self._server), "accept")
+        if recording is not None:
+            self._spawn(recording.prune_for_ever(settings, self._gatherer.book.awaiting), "prune")
         if development is not None:
             self._spawn(self._renew_certificate(self._server, development), "certificate")
         log.info(
@@ -181,6 +229,7 @@ class Coordinator:
             in_time = False
             log.warning("drain_timed_out", rounds_open=self._gatherer.book.in_flight)
             self._gatherer.stop("the coordinator was stopped")
+        await self._flush_recording()
         await self._operators.finish(1.0)
         return in_time
 
@@ -190,6 +239,8 @@ class Coordinator:
             return
         self._is_draining = True
         self._gatherer.stop("the coordinator was stopped")
+        # Outcomes are told once they are durable.
+        await self._flush_recording()
         await self._operators.finish(1.0)
         await self._fleet.close("the coordinator stops")
         server, self._server = self._server, None
@@ -199,7 +250,18 @@ class Coordinator:
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self._http.close()
+        self._gatherer.checkpoint()
+        await self._close_recording()
         log.info("coordinator_stopped")
+
+    async def _flush_recording(self) -> None:
+        if self._recording is not None and not self._gatherer.recording_problem:
+            await self._recording.flush()
+
+    async def _close_recording(self) -> None:
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            await recording.close()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -217,6 +279,24 @@ class Coordinator:
         return self._server.address
 
     @property
+    def url(self) -> str:
+        """Where agents and operators on this machine reach it."""
+        host, port = self.address
+        return f"memory:{host}" if self.settings.listen.startswith(MEMORY_PREFIX) else f"quic://localhost:{port}"
+
+    @property
+    def credentials(self) -> Credentials:
+        """The keyword arguments `token` and `tls` of those who join from this process. A secret."""
+        return {"token": self._token, "tls": self._client_tls}
+
+    async def client(self, *, name: str | None = None) -> Client:
+        """An operator's client in this process; close it before the coordinator.
+
+        Raises: as `Client.connect`.
+        """
+        return await Client.connect(self.url, name=name, **self.credentials)
+
+    @property
     def http_address(self) -> tuple[str, int] | None:
         """TCP host and port of the HTTP endpoints; None when they are off."""
         return self._http.address
@@ -226,11 +306,20 @@ class Coordinator:
         """Whether rounds are taken."""
         return self._server is not None and not self._is_draining
 
+    async def _serve_stream(self, agent: str, header: Message, stream: ReceiveStream) -> None:
+        if not isinstance(header, Modality | Telemetry):
+            raise UnexpectedMessage(header.wire_type, "on a unidirectional stream")
+        await self.modalities.serve(agent, header, stream)
+
+    def _drain_agent(self, agent: str, reason: str) -> None:
+        if not self._fleet.drain(agent, reason):
+            raise CallFailed("unknown-agent", f"there is no agent {agent!r} in the fleet")
+
     def list_fleet(self) -> FleetListing:
         """Everybody who is known, for `agents` calls."""
         now = asyncio.get_running_loop().time()
         weights: dict[str, dict[str, float]] = {}
-        for score in self._learner.scores():
+        for score in self._gatherer.learner.scores():
             for agent, agent_score in score.agents.items():
                 weights.setdefault(agent, {})[score.task] = agent_score.weight
         assignments: Counter[str] = Counter()
@@ -241,7 +330,7 @@ class Coordinator:
                 replies[agent] += count
         infos = []
         for member in self._fleet.registry.agents():
-            latency = self._learner.latency(member.agent)
+            latency = self._gatherer.learner.latency(member.agent)
             is_live = member.state in ("connected", "suspect", "draining")
             infos.append(
                 AgentInfo(
@@ -272,6 +361,21 @@ class Coordinator:
             rounds_closed=dict(closed),
             agents=infos,
         )
+
+    # --- the learner ---
+
+    def _make_learner(self) -> Learner:
+        wanted = self.settings.learner
+        return self._given_learner or VoteLearner(
+            learning_rate=LEARNING_RATE if wanted.learning_rate is None else wanted.learning_rate,
+            share=SHARE if wanted.share is None else wanted.share,
+        )
+
+    def _restore_learner(self, snapshot: bytes) -> Learner:
+        if self._given_learner is not None:
+            return type(self._given_learner).restore(snapshot)
+        wanted = self.settings.learner
+        return VoteLearner.restore(snapshot, learning_rate=wanted.learning_rate, share=wanted.share)
 
     # --- connections ---
 
@@ -354,7 +458,8 @@ class Coordinator:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             log.warning("unauthenticated", role=hello.role, id=hello.id, address=connection.peer)
             raise Refused("unauthenticated", "the token is not this coordinator's")
-        if self._is_draining:
+        # Rounds in flight wait for the replies of who comes back.
+        if self._is_draining and not (hello.role == "agent" and self._fleet.can_resume(hello)):
             raise Refused("draining", "the coordinator is draining", retry=True)
 
     async def _renew_certificate(self, server: Server, files: DevelopmentCredentials) -> None:
@@ -431,12 +536,5 @@ def _policy(settings: Settings) -> RoundPolicy:
         grace_s=min(rounds.grace_s, rounds.deadline_s),
         quorum=int(rounds.quorum) if is_count else None,
         quorum_fraction=None if is_count else float(rounds.quorum),
-    )
-
-
-def _make_learner(settings: Settings) -> Learner:
-    wanted = settings.learner
-    return VoteLearner(
-        learning_rate=LEARNING_RATE if wanted.learning_rate is None else wanted.learning_rate,
-        share=SHARE if wanted.share is None else wanted.share,
+        attempts=rounds.attempts,
     )

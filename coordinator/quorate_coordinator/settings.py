@@ -31,8 +31,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from quorate_protocol.errors import ConfigurationError
+from quorate_protocol.messages import Name
 from quorate_protocol.state_dir import default_state_dir, expand_home
-from quorate_protocol.transport.address import parse_listen_address
+from quorate_protocol.transport.address import MEMORY_PREFIX, parse_listen_address, parse_memory_name
 
 #: What `load_settings` read, highest first: pydantic-settings asks the class for its sources, not the call.
 _LAYERS: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("settings_layers", default=())
@@ -62,6 +63,18 @@ Seconds = Annotated[float, Field(ge=0, le=_SECONDS_MAX, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=_SECONDS_MAX, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_none_if_empty)]
+
+
+def _split_map(value: object) -> object:
+    # A variable holds a map as `a=x, b=y`.
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise PydanticCustomError(
+            "map", "must be NAME=VALUE, NAME=VALUE: {wrong} has no =", {"wrong": wrong[0].strip()}
+        )
+    return {key.strip(): text.strip() for key, _, text in pairs}
 
 
 class _Section(BaseModel):
@@ -120,6 +133,12 @@ class RoundsSettings(_Section):
     in_flight_per_agent_max: Count = Field(
         64, description="Assignments that one agent may owe at once; with that many it is not selected."
     )
+    in_flight_per_operator_max: Count = Field(
+        512, description="Rounds that one operator may have open at once; one more is refused as busy."
+    )
+    attempts: Annotated[int, Field(ge=1, le=100)] = Field(
+        1, description="How often one agent may be given a question: again when it failed, or was lost and came back."
+    )
     remembered_max: Count = Field(
         10_000, description="Closed rounds that are remembered until their truth is told; the oldest go first."
     )
@@ -145,7 +164,9 @@ class SessionsSettings(_Section):
     """`[sessions]`: how long silence and goodbyes may last."""
 
     pulse_s: PositiveSeconds = Field(2.0, description="Seconds between the heartbeats that agents are told to send.")
-    lease_s: PositiveSeconds = Field(10.0, description="Seconds of silence after which an agent counts as lost.")
+    lease_s: PositiveSeconds = Field(
+        10.0, description="Seconds of silence, or without a link, after which an agent counts as lost."
+    )
     drain_s: Seconds = Field(10.0, description="Seconds that open rounds may take to finish after SIGTERM.")
     hello_timeout_s: PositiveSeconds = Field(5.0, description="Seconds that a new connection has to say who it is.")
 
@@ -168,6 +189,26 @@ class LearnerSettings(_Section):
     )
 
 
+class JournalSettings(_Section):
+    """`[journal]`: how lasting the record of all rounds is, and how much of it is kept."""
+
+    sync: Literal["full", "normal", "off"] = Field(
+        "full",
+        description="What an outcome outlives once it is announced: `full`, a power cut; `normal`, the end of the "
+        "process; `off`, nothing: there is no journal.",
+    )
+    keep_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] = Field(
+        30.0, description="Days after which a closed round is taken out of the journal."
+    )
+    keep_bytes: Annotated[int, Field(ge=1 << 20)] = Field(
+        4 << 30, description="Bytes that the journal may have; over it the oldest rounds are taken out earlier."
+    )
+    checkpoint_rounds: Count = Field(
+        1000,
+        description="Rounds after which the learner's state is recorded, so that a restart replays no more of them.",
+    )
+
+
 class LogSettings(_Section):
     """`[log]`: what is logged, on standard error."""
 
@@ -183,7 +224,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
     listen: str = Field(
-        "127.0.0.1:4433", description="UDP address for agents and operators. 0.0.0.0:4433 is every interface."
+        "127.0.0.1:4433",
+        description="UDP address for agents and operators. 0.0.0.0:4433 is every interface; memory:NAME this process "
+        "alone.",
     )
     http: str = Field(
         "127.0.0.1:9433", description="TCP address of /metrics, /healthz and /readyz. Empty: there are none."
@@ -193,11 +236,17 @@ class Settings(BaseSettings):
         description="Directory of what must last: development certificates, token. "
         "Unset: systemd's, else ~/.local/share/quorate.",
     )
+    consumers: Annotated[dict[Name, str], BeforeValidator(_split_map)] = Field(
+        default_factory=dict,
+        description="Who takes the streams that agents open of their own: topic to MODULE:FUNCTION or "
+        "FILE.py:FUNCTION.",
+    )
     tls: TlsSettings = TlsSettings()
     auth: AuthSettings = AuthSettings()
     rounds: RoundsSettings = RoundsSettings()
     sessions: SessionsSettings = SessionsSettings()
     learner: LearnerSettings = LearnerSettings()
+    journal: JournalSettings = JournalSettings()
     log: LogSettings = LogSettings()
 
     @field_validator("listen", "http", mode="before")
@@ -205,14 +254,21 @@ class Settings(BaseSettings):
     def _address(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str) and (value or info.field_name == "listen"):
             try:
-                parse_listen_address(value)
+                if info.field_name == "listen" and value.startswith(MEMORY_PREFIX):
+                    parse_memory_name(value, "listen")
+                else:
+                    parse_listen_address(value)
             except ConfigurationError as error:
                 raise PydanticCustomError("address", "{problem}", {"problem": error.problem}) from error
         return value
 
     @property
     def listen_address(self) -> tuple[str, int]:
-        """Host and UDP port to serve agents and operators on."""
+        """Host and UDP port to serve agents and operators on.
+
+        Raises:
+            ConfigurationError: it is an address in memory.
+        """
         return parse_listen_address(self.listen)
 
     @property

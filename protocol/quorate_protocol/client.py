@@ -10,8 +10,10 @@
 
 import asyncio
 import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from quorate_protocol import __version__
 from quorate_protocol.bodies import encode_body
@@ -19,13 +21,18 @@ from quorate_protocol.channel import Channel
 from quorate_protocol.errors import CallFailed, Code, ConnectFailed, Refused
 from quorate_protocol.messages import (
     PULSE,
+    AgentResult,
     Agents,
     Ask,
     CallError,
+    DrainAgent,
+    Draining,
     Fleet,
     Hello,
     Message,
+    Opened,
     Outcome,
+    Part,
     Refusal,
     Reveal,
     Revealed,
@@ -33,6 +40,10 @@ from quorate_protocol.messages import (
     Welcome,
 )
 from quorate_protocol.transport import ClientTls, Connection, Priority, connect
+
+#: Seconds to wait before asking a busy coordinator again, at first and at most.
+_BUSY_PAUSE_S: Final = 0.02
+_BUSY_PAUSE_S_MAX: Final = 1.0
 
 AnswerT = TypeVar("AnswerT", bound=Message)
 
@@ -62,7 +73,7 @@ class Client:
         """Connects and says hello.
 
         Args:
-            url: `quic://HOST[:PORT]`.
+            url: `quic://HOST[:PORT]`, or `memory:NAME` for a coordinator in this process.
             token: the coordinator's bearer token.
             tls: whom to trust; None trusts the system's authorities.
             name: how the coordinator's log names this client; None makes one up.
@@ -108,6 +119,9 @@ class Client:
         grace_s: float | None = None,
         deadline_s: float | None = None,
         labels: dict[str, str] | None = None,
+        count: int | None = None,
+        attempts: int | None = None,
+        key: str | None = None,
     ) -> Outcome:
         """Opens a round and waits for its end.
 
@@ -118,27 +132,118 @@ class Client:
             grace_s: seconds left to stragglers once the quorum is met.
             deadline_s: seconds after which the round closes, whoever is missing.
             labels: asks only agents that carry all of these.
+            count: asks at most so many agents, those that the learner thinks best of.
+            attempts: how often one agent may be given the question: again when it failed, or was lost and
+                came back; 1 to 100.
+            key: idempotency key. The same question asked again under the same key, after an error or a broken
+                connection say, is the same round with the same outcome; while it has a key, a round goes on
+                when the connection breaks.
 
         Returns:
-            The outcome, also of a round that failed or expired: look at `state`.
+            The outcome, also of a round that failed or expired: look at `state`. It is durable where the
+            coordinator keeps a journal.
 
         Raises:
-            CallFailed: there was no round (nobody does the task, busy, a conflict in the policy).
+            CallFailed: there was no round (nobody does the task, busy, a conflict in the policy), or with the reason
+                `not-recorded` one that could not be written down; `retry` says whether to ask again.
             LocalError: `value` is of a kind that cannot travel.
             ValidationError: an argument is out of range or too large; it names which.
-            ConnectionClosed: the connection ended; whether there was a round is not known.
+            ConnectionClosed: the connection ended; whether there was a round is not known. Ask again under the
+                same key.
         """
-        is_count = quorum is None or (isinstance(quorum, int) and not isinstance(quorum, bool))
-        request = Ask(
-            task=task,
-            body=encode_body(value),
-            quorum=quorum if is_count else None,  # type: ignore[arg-type]
-            quorum_fraction=None if is_count else quorum,
-            grace_s=grace_s,
-            deadline_s=deadline_s,
-            labels=labels or {},
-        )
+        request = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, key)
         return await self._call(request, Outcome)
+
+    def ask_stream(
+        self,
+        task: str,
+        value: Any,
+        *,
+        quorum: int | float | None = None,
+        grace_s: float | None = None,
+        deadline_s: float | None = None,
+        labels: dict[str, str] | None = None,
+        count: int | None = None,
+        attempts: int | None = None,
+        key: str | None = None,
+    ) -> "Replies":
+        """As `ask`, and tells each agent's part as it ends::
+
+            async with client.ask_stream("classify", {"x": 1.5}, quorum=3) as replies:
+                async for result in replies:
+                    print(result.agent, result.status, result.value)
+            print(replies.outcome.value)
+
+        The call is made when the iteration begins. Leaving the block before the end withdraws the round.
+
+        Raises: as `ask`; what comes of the coordinator, from the iteration.
+        """
+        request = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, key)
+        return Replies(self._connection, request.model_copy(update={"stream": True}))
+
+    async def ask_many(
+        self,
+        task: str,
+        values: Iterable[Any] | AsyncIterable[Any],
+        *,
+        in_flight: int = 16,
+        quorum: int | float | None = None,
+        grace_s: float | None = None,
+        deadline_s: float | None = None,
+        labels: dict[str, str] | None = None,
+        count: int | None = None,
+        attempts: int | None = None,
+    ) -> AsyncGenerator[Outcome, None]:
+        """Asks for each of many values, some at a time; yields the outcomes in the order of the values.
+
+        Values are taken as there is room for them, so that they may come from a file or a queue without end; an outcome
+        does not wait for the next value. Where the coordinator is busy for a moment, the question is asked again.
+
+        Args:
+            values: what the agents are asked, one after the other.
+            in_flight: rounds under way at once, at least 1.
+            others: as in `ask`.
+
+        Raises: as `ask`, for the first value that fails; the rounds after it are withdrawn.
+        """
+        if in_flight < 1:
+            raise ValueError(f"in_flight is {in_flight}; at least one round must be under way")
+
+        async def ask_one(value: Any) -> Outcome:
+            request = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, None)
+            pause_s = _BUSY_PAUSE_S
+            while True:
+                try:
+                    return await self._call(request, Outcome)
+                except CallFailed as error:
+                    if error.reason != "busy" or not error.retry:
+                        raise
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _BUSY_PAUSE_S_MAX)
+
+        calls: deque[asyncio.Task[Outcome]] = deque()
+        source = _each(values)
+        taking: asyncio.Task[Any] | None = None  # the next value, where there is room for it
+        is_over = False
+        try:
+            while calls or not is_over:
+                if taking is None and not is_over and len(calls) < in_flight:
+                    taking = asyncio.create_task(_next(source), name=f"next value for {task}")
+                waiting: set[asyncio.Task[Any]] = {one for one in (taking, *list(calls)[:1]) if one is not None}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if taking is not None and taking.done():
+                    value, taking = taking.result(), None
+                    is_over = value is _END
+                    if not is_over:
+                        calls.append(asyncio.create_task(ask_one(value), name=f"ask {task}"))
+                elif calls[0].done():
+                    yield calls.popleft().result()
+        finally:
+            left = [*calls] if taking is None else [taking, *calls]
+            for one in left:
+                one.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+            await source.aclose()
 
     async def reveal(self, round: int, truth: Any) -> Revealed:
         """Tells the truth of a round: the learner scores its agents, and they get it as feedback.
@@ -158,6 +263,15 @@ class Client:
             ConnectionClosed: the connection ended.
         """
         return await self._call(Agents(), Fleet)
+
+    async def drain(self, agent: str, reason: str = "") -> None:
+        """Has an agent finish what it does and leave for good. Returns when it is told, not when it has left.
+
+        Raises:
+            CallFailed: there is no such agent.
+            ConnectionClosed: the connection ended.
+        """
+        await self._call(DrainAgent(agent=agent, reason=reason), Draining)
 
     async def _watch(self, pulse_s: float, lease_s: float) -> None:
         """Gives up a coordinator that is silent: one that died says nothing, and calls would wait for long."""
@@ -200,3 +314,124 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class Replies:
+    """The replies of one streamed round, as they come. Made by `Client.ask_stream`; iterate once."""
+
+    def __init__(self, connection: Connection, request: Ask) -> None:
+        self._connection = connection
+        self._request = request
+        self._iterator: AsyncGenerator[AgentResult, None] | None = None
+        self._outcome: Outcome | None = None
+        #: The round's number and whom it asks, once it is open; None where it was over when it was asked for again.
+        self.opened: Opened | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """How the round ended.
+
+        Raises:
+            RuntimeError: before the iteration has come to its end (a caller's bug).
+        """
+        if self._outcome is None:
+            raise RuntimeError("the outcome is there when all replies have been iterated over")
+        return self._outcome
+
+    @property
+    def round(self) -> int | None:
+        """The round's number, as soon as it is known: with the first reply at the latest."""
+        known = self.opened or self._outcome
+        return None if known is None else known.round
+
+    def __aiter__(self) -> AsyncGenerator[AgentResult, None]:
+        if self._iterator is not None:
+            raise RuntimeError("replies can be iterated over once")
+        self._iterator = self._iterate()
+        return self._iterator
+
+    async def aclose(self) -> None:
+        """Withdraws the round, where it is not over."""
+        if self._iterator is not None:
+            await self._iterator.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _iterate(self) -> AsyncGenerator[AgentResult, None]:
+        channel = Channel(await self._connection.open_bi_stream(Priority.HIGH))
+        told: set[str] = set()
+        try:
+            await channel.send(self._request)
+            while True:
+                message = await channel.expect(Opened, Part, Outcome, CallError)
+                match message:
+                    case Opened():
+                        self.opened = message
+                    case Part(result=result):
+                        told.add(result.agent)
+                        yield result
+                    case Outcome():
+                        await channel.finish()
+                        self._outcome = message
+                        break
+                    case CallError(reason=reason, message=text, retry=retry):
+                        await channel.finish()
+                        raise CallFailed(reason, text, retry=retry)
+        except CallFailed:
+            raise
+        except BaseException:
+            channel.abort(Code.CANCELLED)
+            raise
+        # Those whose part the end of the round has ended: each agent is told once.
+        for result in self._outcome.results:
+            if result.agent not in told:
+                yield result
+
+
+def _ask_of(
+    task: str,
+    value: Any,
+    quorum: int | float | None,
+    grace_s: float | None,
+    deadline_s: float | None,
+    labels: dict[str, str] | None,
+    count: int | None,
+    attempts: int | None,
+    key: str | None,
+) -> Ask:
+    is_count = quorum is None or (isinstance(quorum, int) and not isinstance(quorum, bool))
+    return Ask(
+        task=task,
+        body=encode_body(value),
+        quorum=quorum if is_count else None,  # type: ignore[arg-type]
+        quorum_fraction=None if is_count else quorum,
+        grace_s=grace_s,
+        deadline_s=deadline_s,
+        labels=labels or {},
+        count=count,
+        attempts=attempts,
+        key=key,
+    )
+
+
+#: Instead of a value, when there are no more.
+_END: Final = object()
+
+
+async def _next(source: AsyncGenerator[Any, None]) -> Any:
+    return await anext(source, _END)
+
+
+async def _each(values: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+    if isinstance(values, AsyncIterable):
+        async for value in values:
+            yield value
+    else:
+        for value in values:
+            yield value

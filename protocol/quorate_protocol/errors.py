@@ -19,7 +19,14 @@
     │   ├── FrameMalformed
     │   ├── UnknownType
     │   ├── MessageInvalid
-    │   └── UnexpectedMessage
+    │   ├── UnexpectedMessage
+    │   ├── BodyTooLarge          a body over the ceiling, or more bytes than its header said (also raised for our own)
+    │   ├── BodyTruncated
+    │   └── BodyDigestWrong
+    ├── SpoolError                a body cannot be held here now; the same body may be taken later
+    │   ├── SpoolFull             bodies hold as many bytes as they may
+    │   └── SpoolFailed           the disk is full or broken
+    ├── BodyNotReceived           the body that a message refers to did not come in time
     ├── Refused                   the coordinator would not let us in
     └── CallFailed                an operator's call came back as an error
 
@@ -47,6 +54,8 @@ class Code(IntEnum):
     LEASE_EXPIRED = 0x0B
     CANCELLED = 0x0C
     BUSY = 0x0D
+    BODY_INVALID = 0x0E
+    NOT_WANTED = 0x0F
 
 
 class QuorateError(Exception):
@@ -185,6 +194,75 @@ class UnexpectedMessage(ProtocolError):
     def __init__(self, type_: str, where: str) -> None:
         super().__init__(f"unexpected {type_} message {where}")
         self.type = type_
+
+
+class BodyTooLarge(ProtocolError, LocalError):
+    """A body is over the ceiling, or goes on after the bytes that its header announced."""
+
+    code = Code.BODY_INVALID
+
+    def __init__(self, size_bytes: int, size_bytes_max: int, *, announced: bool = False) -> None:
+        what = "that were announced" if announced else "of the ceiling"
+        super().__init__(f"body of {size_bytes} bytes is over the {size_bytes_max} {what}")
+        self.size_bytes = size_bytes
+        self.size_bytes_max = size_bytes_max
+
+
+class BodyTruncated(ProtocolError):
+    """A body ended before the bytes that its header announced."""
+
+    code = Code.BODY_INVALID
+
+    def __init__(self, size_bytes: int, expected_bytes: int) -> None:
+        super().__init__(f"body ended after {size_bytes} bytes of {expected_bytes}")
+        self.size_bytes = size_bytes
+        self.expected_bytes = expected_bytes
+
+
+class BodyDigestWrong(ProtocolError):
+    """The bytes of a body are not those that its header announced."""
+
+    code = Code.BODY_INVALID
+
+    def __init__(self, digest: bytes, expected: bytes) -> None:
+        super().__init__(f"body has the SHA-256 digest {digest.hex()}, expected {expected.hex()}")
+        self.digest = digest
+        self.expected = expected
+
+
+class SpoolError(QuorateError):
+    """A body cannot be held here now. The peer is told `BUSY`."""
+
+    code: Code = Code.BUSY
+
+
+class SpoolFull(SpoolError):
+    """Bodies hold as many bytes as they may in this process. Later there may be room."""
+
+    def __init__(self, where: str, size_bytes: int, held_bytes: int, bytes_max: int) -> None:
+        super().__init__(f"no room for a body of {size_bytes} bytes {where}: {held_bytes} of {bytes_max} are taken")
+        self.size_bytes = size_bytes
+        self.held_bytes = held_bytes
+        self.bytes_max = bytes_max
+
+
+class SpoolFailed(SpoolError):
+    """The spool directory does not take a body: no space, no permission, a broken disk. Nothing of it is left there."""
+
+    def __init__(self, directory: object, size_bytes: int, problem: str) -> None:
+        super().__init__(f"cannot spool a body of {size_bytes} bytes in {directory}: {problem}")
+        self.directory = directory
+        self.size_bytes = size_bytes
+        self.problem = problem
+
+
+class BodyNotReceived(QuorateError):
+    """The body that a message refers to did not come, or not whole, in the time there was."""
+
+    def __init__(self, size_bytes: int, timeout_s: float) -> None:
+        super().__init__(f"body of {size_bytes} bytes has not come within {timeout_s:g} s")
+        self.size_bytes = size_bytes
+        self.timeout_s = timeout_s
 
 
 class Refused(QuorateError):

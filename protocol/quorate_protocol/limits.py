@@ -13,6 +13,13 @@ FRAME_BYTES_MAX: Final = 1 << 20
 #: bytes: the frame's other keys must fit beside it.
 BODY_BYTES_MAX: Final = FRAME_BYTES_MAX - (16 << 10)
 
+#: Largest body that travels on a stream of its own, in bytes, unless a process is set otherwise: what one msgpack
+#: extension, and so one array, can hold.
+BULK_BYTES_MAX: Final = 4 << 30
+
+#: Largest first frame of a bulk stream, in bytes: a hundred, and room for keys of later versions.
+BULK_HEADER_BYTES_MAX: Final = 4 << 10
+
 #: Largest frame before `welcome`, in bytes: a hello is a few hundred bytes, and until it is checked
 #: its sender is a stranger.
 HELLO_BYTES_MAX: Final = 64 << 10

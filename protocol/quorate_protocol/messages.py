@@ -6,12 +6,12 @@ and `vectors/` has each message as bytes.
 """
 
 from functools import cache
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from quorate_protocol.bodies import decode_body
-from quorate_protocol.errors import MessageInvalid, UnknownType
+from quorate_protocol.errors import LocalError, MessageInvalid, UnknownType
 from quorate_protocol.frames import encode_frame
 from quorate_protocol.limits import BODY_BYTES_MAX, LABELS_MAX, NAME_BYTES_MAX, TASKS_MAX, TEXT_CHARS_MAX
 
@@ -22,8 +22,17 @@ Name = Annotated[
 ]
 Text = Annotated[str, StringConstraints(max_length=TEXT_CHARS_MAX)]
 Body = Annotated[bytes, Field(max_length=BODY_BYTES_MAX)]
+if TYPE_CHECKING:
+    # None where `bulk` stands in its place. Plain bytes to the type checker as long as no end looks at `bulk`.
+    InlineBody = Body
+else:
+    InlineBody = Body | None
+#: SHA-256.
+Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 RoundId = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
+Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
+Attempt = Annotated[int, Field(ge=1, le=1000)]
 PositiveSeconds = Annotated[float, Field(gt=0, le=86_400 * 365, allow_inf_nan=False)]
 
 Role = Literal["agent", "operator", "observer"]
@@ -33,6 +42,9 @@ Status = Literal["replied", "declined", "failed", "late", "lost", "cancelled", "
 
 #: How a round ends.
 RoundState = Literal["complete", "quorate", "expired", "failed", "cancelled", "interrupted"]
+
+#: Messages that have bodies.
+BulkOf = Literal["assignment", "feedback", "reply", "ask", "reveal", "outcome"]
 
 #: The payload of a heartbeat datagram: the map `{"type": "pulse"}`, without a frame's length.
 PULSE: Final = b"\x81\xa4type\xa5pulse"
@@ -92,6 +104,26 @@ def clip_text(text: str) -> str:
     return text if len(text) <= TEXT_CHARS_MAX else text[: TEXT_CHARS_MAX - 1] + "…"
 
 
+def _check_one(model: "Message | AgentResult", key: str, bulk: "BodyRef | None", *, required: bool = False) -> None:
+    """Raises ValueError unless there is one of a body and a reference to one, or none where that is allowed."""
+    body = getattr(model, key)
+    if body is not None and bulk is not None:
+        raise ValueError(f"both {key} and bulk are given, only one of them may be")
+    if required and body is None and bulk is None:
+        raise ValueError(f"neither {key} nor bulk is given, one of them must be")
+
+
+def _unpack(body: bytes | None, bulk: "BodyRef | None") -> Any:
+    """The value of a body; None without one.
+
+    Raises:
+        LocalError: it travels on a stream of its own.
+    """
+    if bulk is not None:
+        raise LocalError(f"the body of {bulk.size} bytes is not in the message but on a stream of its own")
+    return None if body is None else decode_body(body)
+
+
 @cache
 def message_types() -> dict[str, type[Message]]:
     """All wire types and their models, in the order of definition."""
@@ -110,6 +142,18 @@ def _describe(error: ValidationError) -> str:
 # --- control stream ------------------------------------------------------------------------------
 
 
+class Resume(BaseModel):
+    """The session that an agent wants to go on with, inside `hello`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    session: Name
+    #: The session's `welcome` said it. Never logged.
+    secret: Annotated[str, StringConstraints(max_length=64)] = Field(repr=False)
+    #: Frames that came on the session's coordination streams, all links together.
+    received: Count = 0
+
+
 class Hello(Message, type="hello"):
     """First frame of the first stream: who connects and what it can do."""
 
@@ -124,6 +168,8 @@ class Hello(Message, type="hello"):
     tasks: list[Name] = Field(default_factory=list, max_length=TASKS_MAX)
     #: Version of the software, for operators to see.
     software: Annotated[str, StringConstraints(max_length=64)] = ""
+    #: From an agent that had a session and lost its link.
+    resume: Resume | None = None
 
     @field_validator("tasks")
     @classmethod
@@ -143,6 +189,12 @@ class Welcome(Message, type="welcome"):
     pulse_s: PositiveSeconds
     #: How long silence may last before the agent counts as lost.
     lease_s: PositiveSeconds
+    #: With what an agent resumes this session over another link; empty for operators. Never logged.
+    secret: Annotated[str, StringConstraints(max_length=64)] = Field("", repr=False)
+    #: Whether this is the session that the hello wanted to resume.
+    resumed: bool = False
+    #: Replies that came in the session before this link.
+    received: Count = 0
 
 
 class Refusal(Message, type="refusal"):
@@ -159,12 +211,24 @@ class Drain(Message, type="drain"):
     """From the coordinator: no more assignments come; finish what you have. From an agent: send me none."""
 
     reason: Text = ""
+    #: From the coordinator: leave for good, and do not come back by yourself.
+    stop: bool = False
 
 
 class Goodbye(Message, type="goodbye"):
     """The last frame: the sender leaves on purpose."""
 
     reason: Text = ""
+
+
+class BodyRef(BaseModel):
+    """Stands in place of a body that travels on a stream of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    #: Bytes.
+    size: Annotated[int, Field(ge=0)]
+    digest: Digest
 
 
 # --- coordination stream -------------------------------------------------------------------------
@@ -181,10 +245,17 @@ class Assignment(Message, type="assignment"):
 
     round: RoundId
     task: Name
-    body: Body
-    attempt: Annotated[int, Field(ge=1, le=1000)] = 1
+    #: This, or `bulk` where it is too large to be inline.
+    body: InlineBody = None  # type: ignore[assignment]
+    bulk: BodyRef | None = None
+    attempt: Attempt = 1
     #: Time left until the round's hard end when this was encoded.
     deadline_s: PositiveSeconds
+
+    @model_validator(mode="after")
+    def _one_body(self) -> Self:
+        _check_one(self, "body", self.bulk, required=True)
+        return self
 
 
 class Cancellation(Message, type="cancellation"):
@@ -199,17 +270,25 @@ class Feedback(Message, type="feedback"):
 
     round: RoundId
     task: Name
-    truth: Body
+    #: This, or `bulk` where it is too large to be inline.
+    truth: InlineBody = None  # type: ignore[assignment]
+    bulk: BodyRef | None = None
+
+    @model_validator(mode="after")
+    def _one_truth(self) -> Self:
+        _check_one(self, "truth", self.bulk, required=True)
+        return self
 
 
 class Reply(Message, type="reply"):
     """An agent's answer to an assignment, or why there is none."""
 
     round: RoundId
-    attempt: Annotated[int, Field(ge=1, le=1000)] = 1
+    attempt: Attempt = 1
     status: Literal["replied", "declined", "failed"] = "replied"
-    #: With `replied`.
+    #: With `replied`: this, or `bulk` where it is too large to be inline.
     body: Body | None = None
+    bulk: BodyRef | None = None
     #: With `declined` and `failed`: what to tell the operator.
     error: Text = ""
     #: Time the task's handler ran.
@@ -217,15 +296,66 @@ class Reply(Message, type="reply"):
     #: Time the assignment waited at the agent because other handlers ran (earlier feedback, say).
     waited_s: Seconds = 0.0
 
+    @model_validator(mode="after")
+    def _one_body(self) -> Self:
+        _check_one(self, "body", self.bulk)
+        return self
+
+
+# --- bulk streams --------------------------------------------------------------------------------
+
+
+class Bulk(Message, type="bulk"):
+    """First frame of a bulk stream; so many raw bytes, one body, follow it. A message refers to them."""
+
+    #: Type of the message that does.
+    of: BulkOf
+    #: The round it belongs to; 0 with `ask`, whose round has no number yet.
+    round: Annotated[int, Field(ge=0)] = 0
+    #: Bytes.
+    size: Annotated[int, Field(ge=0)]
+    digest: Digest
+
+    @property
+    def ref(self) -> BodyRef:
+        """What the message holds in place of the body."""
+        return BodyRef(size=self.size, digest=self.digest)
+
+
+# --- streams of an agent's own ---------------------------------------------------------------------
+
+
+class Modality(Message, type="modality"):
+    """First frame of a unidirectional stream with data of an agent's own: audio, video, sensors. Raw bytes follow."""
+
+    #: Names who takes it at the coordinator.
+    topic: Name
+    #: The round that it is about; 0 is none.
+    round: Annotated[int, Field(ge=0)] = 0
+
+
+class Telemetry(Message, type="telemetry"):
+    """First frame of a unidirectional stream of experiences for the learner. `experience` frames follow."""
+
+    topic: Name
+
+
+class ExperienceTold(Message, type="experience"):
+    """One experience, on a telemetry stream."""
+
+    body: Body
+
 
 # --- call streams --------------------------------------------------------------------------------
 
 
 class Ask(Message, type="ask"):
-    """Open a round. Answered by `outcome` or `error`."""
+    """Open a round. Answered by `outcome` or `error`; where it is streamed, `opened` and `part`s go before."""
 
     task: Name
-    body: Body
+    #: This, or `bulk` where it is too large to be inline.
+    body: InlineBody = None  # type: ignore[assignment]
+    bulk: BodyRef | None = None
     #: Replies needed, as a count or as a share of the selected agents (rounded up); not both.
     quorum: Annotated[int, Field(ge=1)] | None = None
     quorum_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -233,6 +363,30 @@ class Ask(Message, type="ask"):
     deadline_s: PositiveSeconds | None = None
     #: Only agents that carry all of these labels with these values.
     labels: dict[Name, Text] = Field(default_factory=dict, max_length=LABELS_MAX)
+    #: At most so many agents, those that the learner thinks best of.
+    count: Annotated[int, Field(ge=1)] | None = None
+    #: How often one agent may be given the assignment: again when it failed, or was lost and came back.
+    attempts: Annotated[int, Field(ge=1, le=100)] | None = None
+    #: Idempotency key: the same question under the same key is one round, however often it is asked.
+    key: Name | None = None
+    #: Whether the end of each agent's part is to be told as it comes.
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _one_body(self) -> Self:
+        _check_one(self, "body", self.bulk, required=True)
+        return self
+
+
+class Opened(Message, type="opened"):
+    """The round of a streamed `ask` is open."""
+
+    round: RoundId
+    #: Sorted.
+    selected: list[Name]
+    quorum: Annotated[int, Field(ge=1)]
+    #: Seconds until the hard end.
+    deadline_s: PositiveSeconds
 
 
 class AgentResult(BaseModel):
@@ -242,7 +396,9 @@ class AgentResult(BaseModel):
 
     agent: Name
     status: Status
+    #: This, or `bulk`, where there is one.
     body: Body | None = None
+    bulk: BodyRef | None = None
     error: Text = ""
     #: From sending the assignment to receiving the reply, at the coordinator.
     latency_s: Seconds | None = None
@@ -251,10 +407,22 @@ class AgentResult(BaseModel):
     #: The learner's weight when the answer was combined.
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
+    @model_validator(mode="after")
+    def _one_body(self) -> Self:
+        _check_one(self, "body", self.bulk)
+        return self
+
     @property
     def value(self) -> Any:
         """The unpacked body; None without one."""
-        return None if self.body is None else decode_body(self.body)
+        return _unpack(self.body, self.bulk)
+
+
+class Part(Message, type="part"):
+    """One agent's part in the round of a streamed `ask` has ended. The outcome has it again, and is what counts."""
+
+    round: RoundId
+    result: AgentResult
 
 
 class Outcome(Message, type="outcome"):
@@ -264,8 +432,9 @@ class Outcome(Message, type="outcome"):
     task: Name
     state: RoundState
     quorum: Annotated[int, Field(ge=1)]
-    #: The combined answer; None unless quorum was met.
+    #: The combined answer: this, or `bulk` where it is too large to be inline; neither unless quorum was met.
     answer: Body | None = None
+    bulk: BodyRef | None = None
     #: Share of the weight of all who replied that stands behind the answer.
     support: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     #: Sorted by agent.
@@ -275,17 +444,29 @@ class Outcome(Message, type="outcome"):
     #: With a state other than complete and quorate: what went wrong.
     reason: Text = ""
 
+    @model_validator(mode="after")
+    def _one_answer(self) -> Self:
+        _check_one(self, "answer", self.bulk)
+        return self
+
     @property
     def value(self) -> Any:
         """The unpacked answer; None without one."""
-        return None if self.answer is None else decode_body(self.answer)
+        return _unpack(self.answer, self.bulk)
 
 
 class Reveal(Message, type="reveal"):
     """Tell the truth of a round. Answered by `revealed` or `error`."""
 
     round: RoundId
-    truth: Body
+    #: This, or `bulk` where it is too large to be inline.
+    truth: InlineBody = None  # type: ignore[assignment]
+    bulk: BodyRef | None = None
+
+    @model_validator(mode="after")
+    def _one_truth(self) -> Self:
+        _check_one(self, "truth", self.bulk, required=True)
+        return self
 
 
 class Revealed(Message, type="revealed"):
@@ -336,11 +517,24 @@ class Fleet(Message, type="fleet"):
     agents: list[AgentInfo]
 
 
+class DrainAgent(Message, type="drain-agent"):
+    """Ask an agent to finish what it has and to leave for good. Answered by `draining` or `error`."""
+
+    agent: Name
+    reason: Text = ""
+
+
+class Draining(Message, type="draining"):
+    """The agent has been told, or will be when it returns; `agents` shows when it has left."""
+
+    agent: Name
+
+
 class CallError(Message, type="error"):
-    """A call that could not be done. It changed nothing."""
+    """A call that could not be done. It changed nothing, unless the reason is `not-recorded`."""
 
     #: `bad-request`, `no-agents`, `busy`, `draining`, `unknown-round`, `already-revealed`,
-    #: `still-open`, `forbidden`, `internal`.
+    #: `still-open`, `forbidden`, `unknown-agent`, `not-recorded`, `internal`.
     reason: Name
     message: Text
     #: Whether the same call may succeed later.

@@ -176,6 +176,20 @@ async def test_token_and_authorities_may_be_named(peer: Peer, folder: Path) -> N
         assert (await peer.connected()).hello.token == "from-environment"
 
 
+async def test_an_agent_that_is_drained_for_good_exits_as_after_a_signal(peer: Peer, folder: Path) -> None:
+    async with running(peer, folder) as agent:
+        session = await peer.joined(secret="hush-hush")
+        session.ask(1, "x")
+        session.send(session.control, Drain(reason="scaling down", stop=True))
+        assert await session.answer() == "x"
+        await session.expect_goodbye()
+        code, out, err = await agent.end()
+    assert (code, out) == (0, "")
+    (ending,) = [entry for entry in logged(err) if entry["event"] == "agent_ended"]
+    assert (ending["why"], ending["reason"]) == ("stopped", "scaling down")
+    assert "hush-hush" not in err
+
+
 async def stuck_session(peer: Peer, task: str) -> PeerSession:
     """An agent of which a handler runs that never ends."""
     session = await peer.joined(pulse_s=0.02)
@@ -310,8 +324,8 @@ async def test_check_lists_tasks_without_a_coordinator(folder: Path) -> None:
     async with command("check", "my_agents:agent", cwd=folder) as agent:
         assert await agent.end() == (
             0,
-            "name: tree-1\nconcurrency: 2\nlabel: kind=tree\ntask: classify (learns from feedback)\n"
-            "task: stuck\ntask: block\n",
+            "name: tree-1\nconcurrency: 2\nprocesses: none, plain functions run in threads\nlabel: kind=tree\n"
+            "task: classify (learns from feedback)\ntask: stuck\ntask: block\n",
             "",
         )
 
@@ -332,6 +346,7 @@ async def test_help_and_version(folder: Path) -> None:
             "--ca",
             "--set",
             "--concurrency",
+            "--processes",
             "--max-wait",
         ):
             assert option in out

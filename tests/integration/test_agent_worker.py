@@ -20,7 +20,7 @@ from quorate_agent.events import EndingKind
 from quorate_agent.worker import Ending, Worker
 from quorate_protocol.errors import Code, ConfigurationError, ConnectionClosed, LocalError, Refused
 from quorate_protocol.limits import BODY_BYTES_MAX, FRAME_BYTES_MAX
-from quorate_protocol.messages import PULSE, Drain, Goodbye, Refusal
+from quorate_protocol.messages import PULSE, Drain, Goodbye, Refusal, Resume
 from quorate_protocol.transport import ClientTls
 
 
@@ -265,7 +265,7 @@ async def test_feedback_of_a_round_that_is_not_remembered_is_counted(peer: Peer,
 # --- reconnecting --------------------------------------------------------------------------------
 
 
-async def test_a_broken_connection_is_made_again_and_the_old_answer_dropped(peer: Peer) -> None:
+async def test_a_session_that_cannot_be_resumed_is_over_with_its_link(peer: Peer) -> None:
     agent = Agent()
     started, release = threading.Event(), threading.Event()
 
@@ -288,6 +288,117 @@ async def test_a_broken_connection_is_made_again_and_the_old_answer_dropped(peer
         reply = await second.reply()
         assert reply.round == 2
         assert agent_running.worker.counts.lost == 1
+
+
+async def test_a_session_with_a_secret_goes_on_over_another_link(peer: Peer) -> None:
+    agent = Agent()
+    started, release = threading.Event(), threading.Event()
+
+    @agent.task("classify")
+    def classify(body: str) -> str:
+        if body == "slow":
+            started.set()
+            release.wait(PATIENCE_S)
+        return body
+
+    async with running(agent, peer) as agent_running:
+        first = await peer.joined(session="s-1", secret="key")
+        assert first.hello.resume is None
+        first.ask(1, "quick")
+        assert await first.answer() == "quick"
+        first.ask(2, "slow")
+        first.ask(3, "after it")
+        await asyncio.to_thread(started.wait, PATIENCE_S)
+        await until(lambda: agent_running.worker.counts.assignments == 3)
+        await first.connection.close(Code.INTERNAL, "crash")
+        second = await peer.connected()
+        assert second.hello.resume == Resume(session="s-1", secret="key", received=3)
+        assert second.hello.model_copy(update={"resume": None}) == first.hello, "the same process says so"
+        # This coordinator has the first reply.
+        await second.welcome("s-1", secret="key", resumed=True, received=1)
+        second.ask(2, "slow")
+        second.ask(3, "after it")
+        second.ask(4, "new")
+        release.set()
+        assert [(await second.reply()).round for _ in range(3)] == [2, 3, 4]
+        await second.connection.close(Code.INTERNAL, "crash")
+        third = await peer.connected()
+        assert third.hello.resume is not None
+        assert third.hello.resume.received == 6
+        # It says that it has none after the second: the others are sent again.
+        await third.welcome("s-1", secret="key", resumed=True, received=2)
+        assert [(await third.reply()).round for _ in range(2)] == [3, 4]
+        counts = agent_running.worker.counts
+        assert (counts.sessions, counts.resumed, counts.lost, counts.duplicates) == (1, 2, 0, 2)
+
+
+async def test_a_session_that_the_coordinator_does_not_know_is_over(peer: Peer) -> None:
+    agent = Agent()
+    began = asyncio.Event()
+
+    @agent.task("classify")
+    async def classify(body: str) -> str:
+        if body == "slow":
+            began.set()
+            await asyncio.Event().wait()
+        return body
+
+    async with running(agent, peer) as agent_running:
+        first = await peer.joined(session="s-1", secret="key")
+        first.ask(1, "slow")
+        await asyncio.wait_for(began.wait(), PATIENCE_S)
+        await first.connection.close(Code.INTERNAL, "crash")
+        second = await peer.joined(session="s-2", secret="another")
+        assert second.hello.resume is not None
+        second.ask(1, "of the new session")
+        assert await second.answer() == "of the new session"
+        counts = agent_running.worker.counts
+        assert (counts.sessions, counts.resumed, counts.lost) == (2, 0, 1)
+
+
+async def test_a_silent_link_is_given_up_while_the_session_can_be_resumed(
+    peer: Peer, logged: list[dict[str, Any]]
+) -> None:
+    async with udp_relay(peer.port) as relay, running(make_agent(), peer, url=f"quic://localhost:{relay.port}"):
+        await peer.joined(pulse_s=0.1, lease_s=4.0, secret="key")
+        relay.is_cut = True
+        await until(lambda: any("nothing heard from the coordinator" in e.get("reason", "") for e in logged))
+        reason = next(e["reason"] for e in logged if "nothing heard" in e.get("reason", ""))
+        assert 2.0 <= float(reason.split()[-2]) < 4.0, "half of the lease"
+        relay.is_cut = False
+        again = await peer.connected()
+        assert again.hello.resume == Resume(session="s-1", secret="key", received=0)
+        await again.welcome("s-1", secret="key", resumed=True)
+        again.ask(1, "x")
+        assert await again.answer() == ["x", 0]
+
+
+async def test_a_link_is_not_given_up_between_two_rare_pulses(peer: Peer) -> None:
+    async with running(make_agent(), peer) as agent:
+        session = await peer.joined(pulse_s=0.2, lease_s=0.3, secret="key")
+        async with asyncio.timeout(PATIENCE_S):
+            for _ in range(5):
+                await session.connection.datagrams.receive()
+        assert (agent.worker.counts.sessions, agent.worker.counts.resumed) == (1, 0)
+        assert not session.connection.is_closed
+
+
+async def test_a_process_that_ends_closes_in_an_order_that_ends_its_session(peer: Peer) -> None:
+    async with running(make_agent(), peer) as agent:
+        session = await peer.joined(secret="key")
+        agent.task.cancel()
+        assert (await session.wait_closed()).code == Code.NO_ERROR
+
+
+async def test_a_drain_for_good_ends_the_agent(peer: Peer) -> None:
+    async with running(make_agent(), peer) as agent:
+        session = await peer.joined(secret="key")
+        session.ask(1, "x")
+        session.send(session.control, Drain(reason="scaling down", stop=True))
+        assert (await session.reply()).round == 1
+        assert (await session.expect_goodbye()).reason == "scaling down"
+        ending = await agent.ending()
+    assert (ending.kind, ending.message) == (EndingKind.STOPPED, "scaling down")
 
 
 async def test_an_agent_waits_for_a_coordinator_that_is_not_there_yet(

@@ -92,7 +92,7 @@ async def test_sigterm_drains_and_the_outcome_arrives(tmp_path: Path) -> None:
         ended = await coordinator.process.end()
     assert (ended.code, ended.out) == (0, "")
     events = [entry["event"] for entry in ended.logged]
-    assert events[0] == "coordinator_started"
+    assert events[:2] == ["journal_read", "coordinator_started"]
     assert {"agent_joined", "operator_joined", "stopping", "draining"} <= set(events)
     assert events[-1] == "coordinator_stopped"
     assert gate.token not in ended.err
@@ -157,7 +157,7 @@ async def test_addresses_that_are_taken_are_named(tmp_path: Path) -> None:
                 "coordinator",
                 QUORATE_LISTEN="127.0.0.1:0",
                 QUORATE_HTTP=taken_tcp,
-                QUORATE_STATE_DIR=str(tmp_path / "state"),
+                QUORATE_STATE_DIR=str(tmp_path / "another"),
             ),
         )
     assert (listen.code, listen.out) == (2, "")

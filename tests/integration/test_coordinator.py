@@ -14,7 +14,7 @@ from agent_peer import udp_relay
 from coordination import PATIENCE_S, Fleet, coordinating, until
 from quorate_agent import Agent, Declined
 from quorate_agent import backoff as backoff_module
-from quorate_agent.core import State
+from quorate_agent.states import State
 from quorate_agent.worker import Worker
 from quorate_coordinator.certificates import ensure_development_credentials
 from quorate_coordinator.learner.api import Answer, ClosedRound, Report
@@ -200,8 +200,8 @@ async def test_quorum_as_count_and_as_share(fleet: Fleet, quorum: int | float, n
     await until(lambda: all(one.begun for one in gated))
     for one in gated[: needed - 1]:
         one.gate.set()
-    # Each reply is one byte long.
-    await until(lambda: fleet.coordinator._gatherer.book.held_bytes == needed - 1)
+    # The question and each reply are one byte long.
+    await until(lambda: fleet.coordinator._gatherer.book.held_bytes == 1 + needed - 1)
     assert not asking.done()
     gated[needed - 1].gate.set()
     outcome = await ended(asking)
@@ -501,7 +501,7 @@ async def test_only_so_many_rounds_wait_for_their_truth(tmp_path: Path) -> None:
             await operator.reveal(rounds[0], 0)
         assert caught.value.reason == "unknown-round"
         assert [(await operator.reveal(round_id, 1)).correct for round_id in rounds[1:]] == [True, False]
-        assert fleet.coordinator._gatherer._answers == {}
+        assert fleet.coordinator._gatherer.ledger.answers == 0
 
 
 # --- operators who leave -------------------------------------------------------------------------

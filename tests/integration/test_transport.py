@@ -286,6 +286,25 @@ async def test_flush_returns_when_everything_was_acknowledged(link):
     assert len(await read_all(there)) == 200_000
 
 
+async def test_flush_down_to_some_bytes(link):
+    here, there = await pair(link)
+    here.send_nowait(noise(3 << 20))
+    flushing = asyncio.create_task(here.flush(100_000))
+    # The peer's transport takes a window of what nobody reads, and no more.
+    await until(lambda: here.unsent_bytes <= (2 << 20) + 1)
+    assert not flushing.done()
+    received = 0
+    async with asyncio.timeout(PATIENCE_S):
+        while received < 2_990_000:
+            received += len(await there.receive(10_000))
+        await flushing
+        assert here.unsent_bytes <= 100_000
+        await here.finish()
+        received += len(await read_all(there))
+    assert received == 3 << 20
+    await here.flush(100_000)
+
+
 @pytest.mark.parametrize("kind", ["bi", "uni"])
 async def test_flush_of_a_finished_stream_hears_of_a_stop(link, kind):
     here = await (link.here.open_bi_stream() if kind == "bi" else link.here.open_uni_stream())

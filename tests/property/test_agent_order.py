@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from quorate_agent import events as ev
 from quorate_agent.backlog import BacklogLimits
-from quorate_agent.core import TRANSITIONS, AgentCore, State
+from quorate_agent.core import AgentCore
+from quorate_agent.states import TRANSITIONS, State
 
 #: One step of a run: an assignment, the truth or the cancellation of an earlier round, the end of a running
 #: handler, a break of the link. The number chooses which.
@@ -155,8 +156,14 @@ _EVENTS: list[ev.Event] = [
     ev.LinkUp(),
     ev.LinkDown("x"),
     ev.WelcomeReceived("s"),
+    ev.WelcomeReceived("s", secret="key"),
+    ev.WelcomeReceived("s", resumed=True, received=1, secret="key"),
+    ev.LinkDown("x", is_over=True),
+    ev.LinkUp(),
     ev.RefusalReceived("full", "x", retry=True),
+    ev.RepliesDelivered(),
     ev.DrainReceived(),
+    ev.DrainReceived(stop=True),
     ev.DrainTimedOut(),
     ev.AssignmentReceived(1, "t", b"", 1.0),
     ev.FeedbackReceived(1, "t", b""),
@@ -186,10 +193,11 @@ def test_every_state_can_be_reached() -> None:
     """Guards the tests above: the events they draw lead everywhere."""
     rng = random.Random(1)
     reached = set()
+    mild = [event for event in _EVENTS if event not in (ev.StopRequested("x"), ev.DrainReceived(stop=True))]
     for _ in range(300):
         core = AgentCore(tasks=["t"], feedback_tasks=["t"])
         for _ in range(20):
-            core.handle(rng.choice(_EVENTS[:-1] if rng.random() < 0.95 else _EVENTS), 0.0)
+            core.handle(rng.choice(mild if rng.random() < 0.95 else _EVENTS), 0.0)
             reached.add(core.state)
     assert reached == set(State)
 

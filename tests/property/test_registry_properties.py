@@ -1,6 +1,9 @@
-"""Whatever happens to a fleet, in whatever order: sessions begin and end once, and nobody is asked who cannot be."""
+"""Whatever happens to a fleet, in whatever order: sessions begin and end once, links break
+and are made anew, and nobody is asked who cannot be.
+"""
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -11,6 +14,7 @@ from quorate_coordinator.membership import (
     AgentDraining,
     AgentJoined,
     AgentLeft,
+    DeclareAway,
     DeclareLeft,
     DeclareLost,
     DeclareReturned,
@@ -22,6 +26,7 @@ from quorate_coordinator.membership import (
     PacketSeen,
     RefuseAgent,
     ReplaceLink,
+    ResumeSession,
     TimerFired,
 )
 from quorate_coordinator.registry import Registry
@@ -49,6 +54,8 @@ class RegistryMachine(RuleBasedStateMachine):
         self.sessions = 0
         self.suspect: set[str] = set()
         self.draining: set[str] = set()
+        #: Since when a live agent is without a link.
+        self.away: dict[str, float] = {}
         #: When a live agent was last heard, as far as reported.
         self.heard_at: dict[str, float] = {}
 
@@ -56,16 +63,26 @@ class RegistryMachine(RuleBasedStateMachine):
         agent=st.sampled_from(AGENTS),
         tasks=st.sets(st.sampled_from(TASKS), max_size=3),
         zone=st.sampled_from(["x", "y"]),
+        resume=st.sampled_from(["nothing", "wrong", "right", "right", "right"]),
     )
-    def join(self, agent: str, tasks: set[str], zone: str) -> None:
+    def join(self, agent: str, tasks: set[str], zone: str, resume: str) -> None:
         self.sessions += 1
-        self._happens(AgentJoined(agent, f"s{self.sessions}", "", {"zone": zone}, tuple(tasks), "", ""))
+        name = f"s{self.sessions}"
+        wanted = None
+        if resume != "nothing":
+            old = self.live[agent].session if agent in self.live else "s0"
+            wanted = (old, f"secret of {old}" if resume == "right" else "guessed")
+        secret = f"secret of {name}"
+        self._happens(AgentJoined(agent, name, "", {"zone": zone}, tuple(tasks), "", "", secret, wanted))
 
-    @rule(agent=st.sampled_from(AGENTS), stale=st.booleans(), kind=st.integers(0, 3))
+    @rule(agent=st.sampled_from(AGENTS), stale=st.booleans(), kind=st.integers(0, 4))
     def something_of_a_link(self, agent: str, stale: bool, kind: int) -> None:
         session = self.live[agent].session if agent in self.live and not stale else "s0"
-        event = (PacketSeen, LinkBroken, AgentDraining, AgentLeft)[kind](agent, session)
-        self._happens(event)
+        if kind == 4:
+            self._happens(LinkBroken(agent, session, "broken off", is_final=True))
+        else:
+            event = (PacketSeen, LinkBroken, AgentDraining, AgentLeft)[kind](agent, session)
+            self._happens(event)
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 2.0, 5.0, 20.0]))
     def time_passes(self, seconds: float) -> None:
@@ -89,21 +106,25 @@ class RegistryMachine(RuleBasedStateMachine):
     def selection_is_those_who_can_be_asked(self) -> None:
         askable = {agent: hello for agent, hello in self.live.items() if agent not in self.draining}
         for task in TASKS:
-            able = sorted(agent for agent, hello in askable.items() if task in hello.tasks)
-            assert self.registry.select(task) == tuple(able)
-            in_x = tuple(agent for agent in able if askable[agent].labels == {"zone": "x"})
-            assert self.registry.select(task, {"zone": "x"}) == in_x
+            for select, is_away in ((self.registry.select, False), (self.registry.select_away, True)):
+                able = sorted(
+                    agent for agent, hello in askable.items() if task in hello.tasks and (agent in self.away) == is_away
+                )
+                assert select(task) == tuple(able)
+                in_x = tuple(agent for agent in able if askable[agent].labels == {"zone": "x"})
+                assert select(task, {"zone": "x"}) == in_x
         assert self.registry.tasks() == tuple(sorted({task for hello in askable.values() for task in hello.tasks}))
 
     @invariant()
     def the_listing_says_what_was_declared(self) -> None:
         members = {member.agent: member for member in self.registry.agents()}
-        linked = {agent for agent, one in members.items() if one.state in ("connected", "suspect", "draining")}
-        assert linked == set(self.live)
-        assert {agent for agent in linked if members[agent].state == "suspect"} == self.suspect
-        assert {agent for agent in linked if members[agent].state == "draining"} == self.draining
+        live = {agent for agent, one in members.items() if one.state in ("connected", "suspect", "draining")}
+        assert live == set(self.live)
+        assert {agent for agent, one in members.items() if one.has_link} == live - set(self.away)
+        assert {agent for agent in live if members[agent].state == "suspect"} == self.suspect
+        assert {agent for agent in live if members[agent].state == "draining"} == self.draining
         assert all(members[agent].session == hello.session for agent, hello in self.live.items())
-        assert len(members) - len(linked) <= DEPARTED_MAX
+        assert len(members) - len(live) <= DEPARTED_MAX
         counted = Counter(member.state for member in members.values())
         assert {state: count for state, count in self.registry.counts().items() if count} == dict(counted)
 
@@ -127,14 +148,17 @@ class RegistryMachine(RuleBasedStateMachine):
             self.heard_at[event.agent] = self.now
         if isinstance(event, LeaseChecked):
             for agent, at in event.last_seen_at.items():
-                self.heard_at[agent] = max(self.heard_at[agent], at)
+                if agent not in self.away:
+                    self.heard_at[agent] = max(self.heard_at[agent], at)
         if isinstance(event, AgentDraining) and self._is_current(event.agent, event.session):
             self.draining.add(event.agent)
             self.suspect.discard(event.agent)
         for instruction in instructions:
             self._judge(event, instruction)
-        if isinstance(event, LinkBroken | AgentLeft):
+        if isinstance(event, AgentLeft) or (isinstance(event, LinkBroken) and event.is_final):
             assert not self._is_current(event.agent, event.session)
+        elif isinstance(event, LinkBroken) and self._is_current(event.agent, event.session):
+            assert event.agent in self.away
 
     def _is_current(self, agent: str, session: str) -> bool:
         return agent in self.live and self.live[agent].session == session
@@ -149,12 +173,28 @@ class RegistryMachine(RuleBasedStateMachine):
                 self.live[agent] = event
                 self.heard_at[agent] = self.now
                 assert len(self.live) <= AGENTS_MAX
+            case ResumeSession(_, session):
+                assert isinstance(event, AgentJoined)
+                assert self._is_current(agent, session)
+                assert event.resume == (session, f"secret of {session}")
+                self.live[agent] = replace(event, session=session)
+                self.heard_at[agent] = self.now
+                self.away.pop(agent, None)
+                self.suspect.discard(agent)
+            case DeclareAway(_, session, _):
+                assert isinstance(event, LinkBroken)
+                assert self._is_current(agent, session)
+                assert agent not in self.away
+                self.away[agent] = self.now
+                if agent not in self.draining:
+                    self.suspect.add(agent)
             case RefuseAgent():
                 assert len(self.live) == AGENTS_MAX
                 assert agent not in self.live
             case ReplaceLink(_, old_session):
                 assert isinstance(event, AgentJoined)
                 assert self._is_current(agent, old_session)
+                assert agent not in self.away
             case DeclareSuspect(_, session):
                 assert self._is_current(agent, session)
                 assert agent not in self.suspect | self.draining
@@ -168,8 +208,9 @@ class RegistryMachine(RuleBasedStateMachine):
                 assert self._is_current(agent, session), "a session ends once"
                 if isinstance(event, TimerFired | LeaseChecked):
                     assert agent in self.suspect | self.draining, "nobody is lost without having been suspect"
-                    assert self.now - self.heard_at[agent] >= LEASE_S
+                    assert self.now - self.away.get(agent, self.heard_at[agent]) >= LEASE_S
                 del self.live[agent]
+                self.away.pop(agent, None)
                 self.suspect.discard(agent)
                 self.draining.discard(agent)
 

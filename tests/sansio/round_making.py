@@ -13,11 +13,13 @@ InstructionT = TypeVar("InstructionT")
 ABC = ("a", "b", "c")
 
 
-def make_policy(quorum: int | float = 2, *, grace_s: float | None = 1.0, deadline_s: float = 10.0) -> RoundPolicy:
+def make_policy(
+    quorum: int | float = 2, *, grace_s: float | None = 1.0, deadline_s: float = 10.0, attempts: int = 1
+) -> RoundPolicy:
     """A policy; an int is a count, a float a fraction."""
     if isinstance(quorum, int):
-        return RoundPolicy(deadline_s=deadline_s, grace_s=grace_s, quorum=quorum)
-    return RoundPolicy(deadline_s=deadline_s, grace_s=grace_s, quorum_fraction=quorum)
+        return RoundPolicy(deadline_s=deadline_s, grace_s=grace_s, quorum=quorum, attempts=attempts)
+    return RoundPolicy(deadline_s=deadline_s, grace_s=grace_s, quorum_fraction=quorum, attempts=attempts)
 
 
 def make_request(
@@ -25,11 +27,14 @@ def make_request(
     policy: RoundPolicy | None = None,
     *,
     request_id: int = 7,
-    unavailable: Iterable[str] = (),
+    away: Iterable[str] = (),
+    body: bytes = b"question",
+    operator: str = "",
+    is_streamed: bool = False,
 ) -> RoundRequested:
     """A request for a round."""
     return RoundRequested(
-        request_id, "classify", b"question", tuple(selected), tuple(unavailable), policy or make_policy()
+        request_id, "classify", body, tuple(selected), tuple(away), policy or make_policy(), operator, is_streamed
     )
 
 
@@ -40,12 +45,14 @@ def open_round(
     quorum: int | float = 2,
     grace_s: float | None = 1.0,
     deadline_s: float = 10.0,
-    unavailable: Iterable[str] = (),
+    attempts: int = 1,
+    away: Iterable[str] = (),
+    is_streamed: bool = False,
 ) -> tuple[Round, list[Instruction]]:
     """A round that was opened at `now`, and what its opening said."""
-    policy = make_policy(quorum, grace_s=grace_s, deadline_s=deadline_s)
-    round_ = Round(1, make_request(selected, policy, unavailable=unavailable), now)
-    return round_, round_.open(b"question")
+    policy = make_policy(quorum, grace_s=grace_s, deadline_s=deadline_s, attempts=attempts)
+    round_ = Round(1, make_request(selected, policy, away=away, is_streamed=is_streamed), now)
+    return round_, round_.open()
 
 
 def make_reply(

@@ -6,7 +6,8 @@ import pytest
 
 from quorate_agent import events as ev
 from quorate_agent.backlog import BacklogLimits
-from quorate_agent.core import TRANSITIONS, AgentCore, State
+from quorate_agent.core import AgentCore
+from quorate_agent.states import TRANSITIONS, State
 from quorate_protocol.limits import TEXT_CHARS_MAX
 
 T = TypeVar("T", bound=ev.Instruction)
@@ -227,8 +228,9 @@ def test_the_oldest_bodies_are_forgotten_beyond_the_bytes() -> None:
 
 def test_a_body_is_remembered_once_for_a_round_asked_twice() -> None:
     core = make_active(limits=BacklogLimits(remembered_bytes_max=100))
-    for _ in range(5):
-        run_round(core, 1, body=b"x" * 90)
+    for attempt in range(1, 6):
+        event = ev.AssignmentReceived(1, "classify", b"x" * 90, 10.0, attempt)
+        core.handle(ev.HandlerReturned(only(core.handle(event, 0.0), ev.StartAssignment).work), 0.0)
     assert (core.remembered, core.counts.bodies_forgotten) == (1, 0)
 
 
@@ -370,7 +372,7 @@ def test_stopping_waits_no_longer_than_the_drain_timeout() -> None:
     core.handle(ask(2), 0.0)
     core.handle(ev.StopRequested("SIGTERM"), 0.0)
     out = core.handle(ev.DrainTimedOut(), 30.0)
-    assert out[0] == ev.Log("warning", "drain_timed_out", {"running": 1, "queued": 1})
+    assert out[0] == ev.Log("warning", "drain_timed_out", {"running": 1, "queued": 1, "replies": 0})
     assert out[1:] == [
         ev.CancelHandler(first.work),
         ev.Leave("SIGTERM"),
@@ -470,6 +472,8 @@ _MEMBERSHIP_EVENTS: list[ev.Event] = [
     ev.WelcomeReceived("s"),
     ev.RefusalReceived("full", "x", retry=True),
     ev.DrainReceived(),
+    ev.DrainReceived(stop=True),
+    ev.RepliesDelivered(),
     ev.DrainTimedOut(),
 ]
 
@@ -496,7 +500,9 @@ def test_the_table_says_where_each_event_leads(state: State, event: ev.Event) ->
     core = reach(state)
     out = core.handle(event, 0.0)
     allowed = TRANSITIONS.get((state, type(event)))
-    if allowed is None:
+    if isinstance(event, ev.RepliesDelivered):
+        assert (core.state, out) == (state, [])
+    elif allowed is None:
         assert (core.state, out) == (state, []), "an illegal move changes nothing"
     else:
         assert core.state in allowed

@@ -1,4 +1,4 @@
-"""The fleet's membership: every row of its table, leases, takeover, selection, and what is remembered."""
+"""The fleet's membership: every row of its table, leases, takeover, resumption, selection, what is remembered."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +13,7 @@ from quorate_coordinator.membership import (
     AgentJoined,
     AgentLeft,
     Change,
+    DeclareAway,
     DeclareLeft,
     DeclareLost,
     DeclareReturned,
@@ -25,6 +26,7 @@ from quorate_coordinator.membership import (
     PacketSeen,
     RefuseAgent,
     ReplaceLink,
+    ResumeSession,
     TimerFired,
 )
 from quorate_coordinator.registry import Registry
@@ -32,10 +34,30 @@ from quorate_protocol.errors import LocalError
 
 
 def joined(
-    agent: str = "a", session: str = "s1", tasks: Sequence[str] = ("classify",), labels: Mapping[str, str] | None = None
+    agent: str = "a",
+    session: str = "s1",
+    tasks: Sequence[str] = ("classify",),
+    labels: Mapping[str, str] | None = None,
+    *,
+    resume: tuple[str, str] | None = None,
+    address: str = "127.0.0.1:5",
 ) -> AgentJoined:
-    """A hello that was let in."""
-    return AgentJoined(agent, session, f"{session}-process", labels or {}, tuple(tasks), "127.0.0.1:5", "test/1")
+    """A hello that was let in. The secret of session `s1` is `secret of s1`."""
+    return AgentJoined(
+        agent,
+        session,
+        f"{session}-process",
+        labels or {},
+        tuple(tasks),
+        address,
+        "test/1",
+        secret=f"secret of {session}",
+        resume=resume,
+    )
+
+
+#: What resumes the session `s1`.
+RIGHT = ("s1", "secret of s1")
 
 
 def make_registry(agents_max: int = 100, departed_max: int = 100) -> Registry:
@@ -55,7 +77,7 @@ def in_state(state: MemberState) -> Registry:
     events: dict[MemberState, Event] = {
         "suspect": TimerFired(),
         "draining": AgentDraining("a", "s1"),
-        "lost": LinkBroken("a", "s1"),
+        "lost": LinkBroken("a", "s1", is_final=True),
         "left": AgentLeft("a", "s1"),
         "connected": PacketSeen("a", "s1"),
     }
@@ -67,10 +89,12 @@ def in_state(state: MemberState) -> Registry:
 #: How to bring each change about at 120, when every lease is over.
 CHANGES: dict[Change, Callable[[], Event]] = {
     Change.JOINED: lambda: joined(session="s2"),
+    Change.RESUMED: lambda: joined(session="s2", resume=RIGHT),
     Change.SILENT: TimerFired,
     Change.LEASE_EXPIRED: TimerFired,
     Change.HEARD: lambda: PacketSeen("a", "s1"),
     Change.LINK_BROKEN: lambda: LinkBroken("a", "s1", "reset"),
+    Change.BROKEN_OFF: lambda: LinkBroken("a", "s1", "protocol broken", is_final=True),
     Change.DRAINING: lambda: AgentDraining("a", "s1"),
     Change.LEFT: lambda: AgentLeft("a", "s1", "done"),
 }
@@ -80,9 +104,11 @@ CHANGES: dict[Change, Callable[[], Event]] = {
 def test_row(row: tuple[MemberState, Change, MemberState]) -> None:
     source, change, target = row
     registry = in_state(source)
+    since = member(registry).state_since
     registry.handle(CHANGES[change](), 120.0)
     assert member(registry).state == target
-    assert member(registry).state_since == 120.0
+    # A new session's state is new, even where it has the same name.
+    assert member(registry).state_since == (since if source == target and change is not Change.JOINED else 120.0)
     assert registry.counts() == {**dict.fromkeys(("connected", "suspect", "draining", "lost", "left"), 0), target: 1}
 
 
@@ -93,6 +119,8 @@ ILLEGAL = [
     for change in Change
     if not any((row.source, row.change) == (state, change) for row in TRANSITIONS)
     and not (change in (Change.SILENT, Change.LEASE_EXPIRED) and state not in ("lost", "left"))
+    # There is nothing to resume: the hello is that of a new session.
+    and not (change is Change.RESUMED and state in ("lost", "left"))
 ]
 
 
@@ -211,6 +239,8 @@ def test_a_lost_session_stays_lost() -> None:
     for event in (PacketSeen("a", "s1"), LeaseChecked({"a": 105.0}), AgentLeft("a", "s1"), TimerFired()):
         assert registry.handle(event, 130.0) == []
     assert member(registry).state == "lost"
+    assert not registry.can_resume("a", RIGHT)
+    assert registry.handle(joined(session="s2", resume=RIGHT), 130.0) == [AdmitAgent("a", "s2")]
 
 
 @pytest.mark.parametrize(("suspect_after_s", "lease_s"), [(10.0, 10.0), (11.0, 10.0), (0.0, 10.0), (None, 0.0)])
@@ -251,7 +281,7 @@ def test_goodbye_is_told_from_a_broken_link() -> None:
     registry.handle(joined("a"), 100.0)
     registry.handle(joined("b"), 100.0)
     assert registry.handle(AgentLeft("a", "s1", "done"), 101.0) == [DeclareLeft("a", "s1", "done")]
-    assert registry.handle(LinkBroken("b", "s1"), 101.0) == [DeclareLost("b", "s1", "link broken")]
+    assert registry.handle(LinkBroken("b", "s1", is_final=True), 101.0) == [DeclareLost("b", "s1", "link broken")]
     # The link that goes down after a goodbye is no news.
     assert registry.handle(LinkBroken("a", "s1"), 101.1) == []
     assert registry.session_of("a") is None
@@ -291,6 +321,161 @@ def test_the_departed_are_remembered_up_to_a_ceiling() -> None:
     assert registry.counts()["left"] == 2
 
 
+# --- away and back ---
+
+
+def away(registry: Registry | None = None, now: float = 102.0) -> Registry:
+    """A registry whose agent `a` joined at 100 and lost its link at `now`."""
+    registry = registry or make_registry()
+    registry.handle(joined(labels={"zone": "x"}), 100.0)
+    assert registry.handle(LinkBroken("a", "s1", "reset"), now) == [DeclareAway("a", "s1", "reset")]
+    return registry
+
+
+def test_a_broken_link_leaves_the_session_for_a_lease() -> None:
+    registry = away()
+    gone = member(registry)
+    assert (gone.state, gone.has_link, gone.reason, gone.session) == ("suspect", False, "reset", "s1")
+    assert (registry.session_of("a"), registry.counts()["suspect"]) == ("s1", 1)
+    assert registry.next_timer() == 112.0
+    assert registry.handle(TimerFired(), 111.9) == []
+    (lost,) = registry.handle(TimerFired(), 112.0)
+    assert lost == DeclareLost("a", "s1", "did not come back within 10 s: reset")
+    assert (member(registry).state, registry.tasks(), registry.next_timer()) == ("lost", (), None)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 5.0, 9.9])
+def test_the_secret_resumes_the_session(after_s: float) -> None:
+    registry = away()
+    back = joined(session="s2", tasks=("rank",), labels={"zone": "y"}, resume=RIGHT, address="10.0.0.1:7")
+    assert registry.can_resume("a", RIGHT)
+    assert registry.handle(back, 102.0 + after_s) == [ResumeSession("a", "s1")]
+    one = member(registry)
+    assert (one.state, one.has_link, one.session, one.joined_at, one.reason) == ("connected", True, "s1", 100.0, "")
+    assert (one.address, one.labels, one.tasks, one.instance) == ("10.0.0.1:7", {"zone": "y"}, ("rank",), "s2-process")
+    # The index follows what it says now.
+    assert (registry.select("classify"), registry.select("rank")) == ((), ("a",))
+    assert registry.select("rank", {"zone": "x"}) == registry.select_away("rank") == ()
+    assert registry.next_timer() == 106.0 + after_s
+    # And again, with the same secret.
+    registry.handle(LinkBroken("a", "s1"), 115.0)
+    assert registry.handle(joined(session="s3", resume=RIGHT), 116.0) == [ResumeSession("a", "s1")]
+
+
+@pytest.mark.parametrize(
+    "resume",
+    [
+        None,
+        ("s1", "secret of s2"),
+        ("s1", ""),
+        ("s1", "secret of s1 "),
+        ("s2", "secret of s1"),
+        ("s0", "secret of s0"),
+        ("", ""),
+        ("s1", "секрет"),
+    ],
+)
+@pytest.mark.parametrize("is_away", [True, False])
+def test_without_the_secret_a_hello_is_a_new_session(resume: tuple[str, str] | None, is_away: bool) -> None:
+    registry = make_registry()
+    registry.handle(joined(), 100.0)
+    if is_away:
+        registry.handle(LinkBroken("a", "s1"), 101.0)
+    assert not registry.can_resume("a", resume)
+    replaced = [] if is_away else [ReplaceLink("a", "s1")]
+    assert registry.handle(joined(session="s2", resume=resume), 102.0) == [
+        *replaced,
+        DeclareLost("a", "s1", "replaced by a new link"),
+        AdmitAgent("a", "s2"),
+    ]
+    assert registry.select("classify") == ("a",)
+    assert registry.counts() == {"connected": 1, "suspect": 0, "draining": 0, "lost": 0, "left": 0}
+
+
+def test_a_session_made_without_a_secret_cannot_be_resumed() -> None:
+    registry = make_registry()
+    registry.handle(replace(joined(), secret=""), 100.0)
+    assert not registry.can_resume("a", ("s1", ""))
+    assert not registry.can_resume("stranger", ("s1", ""))
+
+
+def test_another_agents_secret_resumes_nothing() -> None:
+    registry = away()
+    assert registry.handle(joined("b", "s2", resume=RIGHT), 103.0) == [AdmitAgent("b", "s2")]
+
+
+def test_a_link_that_still_stands_is_replaced_before_the_session_goes_on() -> None:
+    registry = in_state("suspect")
+    assert registry.handle(joined(session="s2", resume=RIGHT), 105.0) == [
+        ReplaceLink("a", "s1"),
+        ResumeSession("a", "s1"),
+    ]
+    assert (member(registry).state, member(registry).has_link, registry.next_timer()) == ("connected", True, 109.0)
+
+
+def test_a_draining_agent_that_comes_back_drains_on() -> None:
+    registry = in_state("draining")
+    assert registry.handle(LinkBroken("a", "s1", "reset"), 105.0) == [DeclareAway("a", "s1", "reset")]
+    assert (member(registry).state, member(registry).has_link) == ("draining", False)
+    assert registry.next_timer() == 115.0
+    assert registry.select("classify") == registry.select_away("classify") == ()
+    assert registry.handle(joined(session="s2", resume=RIGHT), 114.0) == [ResumeSession("a", "s1")]
+    assert (member(registry).state, member(registry).has_link) == ("draining", True)
+    assert registry.select("classify") == registry.select_away("classify") == ()
+    assert registry.handle(TimerFired(), 124.0) == [DeclareLost("a", "s1", "not heard for 10 s")]
+
+
+def test_who_is_told_to_drain_while_away_keeps_its_lease() -> None:
+    registry = away()
+    assert registry.handle(AgentDraining("a", "s1"), 105.0) == []
+    assert (member(registry).state, registry.select_away("classify"), registry.next_timer()) == ("draining", (), 112.0)
+    assert [type(one) for one in registry.handle(TimerFired(), 112.0)] == [DeclareLost]
+
+
+def test_nothing_is_heard_of_who_is_away() -> None:
+    registry = away()
+    before = registry.agents()
+    for event in (PacketSeen("a", "s1"), LeaseChecked({"a": 103.0}), LinkBroken("a", "s1", "again")):
+        assert registry.handle(event, 103.0) == []
+    assert registry.agents() == before
+
+
+def test_a_suspect_whose_link_breaks_has_a_whole_lease_from_then() -> None:
+    registry = in_state("suspect")
+    assert registry.handle(LinkBroken("a", "s1", "reset"), 109.0) == [DeclareAway("a", "s1", "reset")]
+    assert (member(registry).state_since, registry.next_timer()) == (104.0, 119.0)
+    assert registry.handle(TimerFired(), 118.9) == []
+
+
+def test_a_stopped_coordinator_waits_for_who_is_away_before_it_declares_them_lost() -> None:
+    registry = away()
+    # It stood still for an hour: the agent may have knocked all the time.
+    assert registry.handle(TimerFired(), 3700.0) == []
+    assert registry.next_timer() == 3706.0
+    assert registry.can_resume("a", RIGHT)
+    (lost,) = registry.handle(TimerFired(), 3706.0)
+    assert isinstance(lost, DeclareLost)
+
+
+def test_a_check_that_is_a_little_late_is_not_taken_for_a_stop() -> None:
+    registry = away()
+    (lost,) = registry.handle(TimerFired(), 117.9)
+    assert isinstance(lost, DeclareLost)
+
+
+def test_who_is_away_keeps_its_place_in_a_full_fleet() -> None:
+    registry = away(make_registry(agents_max=1))
+    assert [type(one) for one in registry.handle(joined("b"), 103.0)] == [RefuseAgent]
+    assert registry.handle(joined(session="s2", resume=RIGHT), 104.0) == [ResumeSession("a", "s1")]
+
+
+def test_secrets_are_in_no_text() -> None:
+    event = joined(resume=("s0", "secret of s0"))
+    registry = make_registry()
+    registry.handle(event, 100.0)
+    assert "secret" not in repr(event) + repr(registry._live) + repr(registry.agents())
+
+
 # --- asking ---
 
 
@@ -322,7 +507,7 @@ def test_suspects_are_asked_and_the_draining_and_departed_are_not() -> None:
         registry.handle(joined(agent), 100.0)
     registry.handle(AgentDraining("b", "s1"), 101.0)
     registry.handle(AgentLeft("c", "s1"), 101.0)
-    registry.handle(LinkBroken("d", "s1"), 101.0)
+    registry.handle(LinkBroken("d", "s1", is_final=True), 101.0)
     registry.handle(PacketSeen("e", "s1"), 103.0)
     registry.handle(TimerFired(), 104.0)
     assert {one.agent: one.state for one in registry.agents()} == {
@@ -333,6 +518,22 @@ def test_suspects_are_asked_and_the_draining_and_departed_are_not() -> None:
         "e": "connected",
     }
     assert registry.select("classify") == ("a", "e")
+
+
+def test_those_who_are_away_are_selected_apart() -> None:
+    registry = make_registry()
+    for agent in "cab":
+        registry.handle(joined(agent, labels={"zone": agent}), 100.0)
+    registry.handle(LinkBroken("c", "s1"), 101.0)
+    registry.handle(LinkBroken("b", "s1"), 101.0)
+    assert (registry.select("classify"), registry.select_away("classify")) == (("a",), ("b", "c"))
+    assert registry.select_away("classify", {"zone": "c"}) == ("c",)
+    assert registry.select_away("unheard-of") == ()
+    assert registry.select_away("classify") is registry.select_away("classify")
+    registry.handle(LinkBroken("a", "s1"), 102.0)
+    assert (registry.select("classify"), registry.tasks()) == ((), ("classify",))
+    registry.handle(joined("b", "s2", resume=RIGHT), 103.0)
+    assert (registry.select("classify"), registry.select_away("classify")) == (("b",), ("a", "c"))
 
 
 def test_selection_is_the_same_object_until_the_fleet_changes() -> None:

@@ -1,4 +1,4 @@
-"""All rounds: numbering, bounds, rejections, strays, timers, truths, draining, and what an event costs."""
+"""All rounds: numbering, rejections, strays, agents that return, timers, truths, draining, and what an event costs."""
 
 import gc
 import sys
@@ -11,6 +11,7 @@ import pytest
 from quorate_coordinator.rounds.book import BookLimits, RoundBook
 from quorate_coordinator.rounds.events import (
     AgentLost,
+    AgentReachable,
     CoordinatorStopped,
     DrainRequested,
     Event,
@@ -21,14 +22,15 @@ from quorate_coordinator.rounds.events import (
 )
 from quorate_coordinator.rounds.instructions import (
     AnnounceDrained,
-    BroadcastAssignment,
     CloseRound,
     Instruction,
     LearnTruth,
     NoteForgotten,
     NoteStray,
     OfferLateReply,
+    OpenRound,
     RejectRequest,
+    SendAssignment,
     SendCancellation,
     SendFeedback,
 )
@@ -38,7 +40,7 @@ from sansio.round_making import make_policy, make_reply, make_request, only, out
 def open_many(book: RoundBook, count: int, agents: Sequence[str] = ("a", "b", "c"), now: float = 0.0) -> None:
     """Opens this many rounds of the same agents; all of them must be let in."""
     for _ in range(count):
-        only(BroadcastAssignment, book.handle(make_request(agents), now))
+        only(SendAssignment, book.handle(make_request(agents), now))
 
 
 def rejection(instructions: list[Instruction]) -> tuple[str, bool]:
@@ -55,30 +57,28 @@ def rejection(instructions: list[Instruction]) -> tuple[str, bool]:
 
 def test_rounds_are_numbered_from_one_without_gaps_for_rejected_requests() -> None:
     book = RoundBook()
-    assert only(BroadcastAssignment, book.handle(make_request(), 0.0)).round == 1
+    assert only(SendAssignment, book.handle(make_request(), 0.0)).round == 1
     assert rejection(book.handle(make_request(policy=make_policy(9)), 0.0)) == ("bad-request", False)
-    assert only(BroadcastAssignment, book.handle(make_request(), 0.0)).round == 2
-    assert outcome_in(book.handle(make_request((), make_policy(1), unavailable=("z",)), 0.0)).round == 3
-    assert only(BroadcastAssignment, book.handle(make_request(), 0.0)).round == 4
+    assert only(SendAssignment, book.handle(make_request(), 0.0)).round == 2
+    assert only(OpenRound, book.handle(make_request((), make_policy(1), away=("z",)), 0.0)).round == 3
+    assert only(SendAssignment, book.handle(make_request(), 0.0)).round == 4
 
 
-def test_one_broadcast_for_all_agents() -> None:
+def test_one_assignment_for_all_agents() -> None:
     agents = tuple(f"agent-{n:04}" for n in range(1000))
-    broadcast = only(BroadcastAssignment, RoundBook().handle(make_request(agents), 0.0))
-    assert broadcast.agents == agents
+    assignment = only(SendAssignment, RoundBook().handle(make_request(agents), 0.0))
+    assert assignment.agents == agents
 
 
 def test_nobody_to_ask_is_rejected() -> None:
     assert rejection(RoundBook().handle(make_request(()), 0.0)) == ("no-agents", True)
 
 
-@pytest.mark.parametrize(
-    ("selected", "unavailable"), [(("a", "b", "a"), ()), (("a", "b"), ("b",)), (("a",), ("z", "z"))]
-)
-def test_an_agent_named_twice_is_rejected(selected: tuple[str, ...], unavailable: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("selected", "away"), [(("a", "b", "a"), ()), (("a", "b"), ("b",)), (("a",), ("z", "z"))])
+def test_an_agent_named_twice_is_rejected(selected: tuple[str, ...], away: tuple[str, ...]) -> None:
     book = RoundBook()
-    assert rejection(book.handle(make_request(selected, unavailable=unavailable), 0.0)) == ("bad-request", False)
-    assert book.in_flight == 0
+    assert rejection(book.handle(make_request(selected, away=away), 0.0)) == ("bad-request", False)
+    assert (book.in_flight, book.held_bytes, book.in_flight_of("a")) == (0, 0, 0)
 
 
 def test_a_policy_that_contradicts_itself_is_rejected_with_its_words() -> None:
@@ -89,62 +89,70 @@ def test_a_policy_that_contradicts_itself_is_rejected_with_its_words() -> None:
     assert "grace_s: 3 s is past the deadline of 2 s" in rejected.message
 
 
-def test_only_unavailable_agents_fail_at_once_and_each_is_stated() -> None:
+def test_only_agents_that_are_away_are_waited_for_until_the_deadline() -> None:
     book = RoundBook()
-    instructions = book.handle(make_request((), make_policy(0.5), unavailable=("y", "z")), 0.0)
+    opened = only(OpenRound, book.handle(make_request((), make_policy(0.5), away=("z", "y")), 0.0))
+    assert opened.selected == ("y", "z")
+    assert (book.in_flight, book.next_timer(), book.in_flight_of("y")) == (1, 10.0, 1)
+    instructions = book.handle(TimerFired(), 10.0)
     assert statuses(outcome_in(instructions)) == {"y": "unavailable", "z": "unavailable"}
-    assert len(instructions) == 1
-    assert (book.in_flight, book.next_timer(), book.closed_counts["failed"]) == (0, None, 1)
+    assert len(instructions) == 1, "nobody is at work to be told to stop"
+    assert (book.in_flight, book.next_timer(), book.closed_counts["expired"]) == (0, None, 1)
 
 
-# --- bounds ---
+# --- agents that return ---
 
 
-def test_over_the_bound_in_all_is_busy_until_a_round_ends() -> None:
-    book = RoundBook(BookLimits(in_flight_max=3))
-    open_many(book, 3)
-    assert rejection(book.handle(make_request(("x",), make_policy(1)), 0.0)) == ("busy", True)
-    book.handle(RoundCancelled(2, "enough"), 1.0)
-    only(BroadcastAssignment, book.handle(make_request(("x",), make_policy(1)), 1.0))
-
-
-def test_over_the_bound_of_one_agent_is_busy_until_its_part_ends() -> None:
-    book = RoundBook(BookLimits(in_flight_per_agent_max=2))
-    open_many(book, 2)
-    rejected = book.handle(make_request(("c", "d")), 0.0)
-    assert rejection(rejected) == ("busy", True)
-    assert "agent c" in only(RejectRequest, rejected).message
-    only(BroadcastAssignment, book.handle(make_request(("d", "e")), 0.0))
-    # Its part in the first round ends, though the round goes on.
-    assert book.handle(make_reply("c", 1), 1.0) == []
-    assert (book.in_flight_of("c"), book.in_flight_of("a")) == (1, 2)
-    only(BroadcastAssignment, book.handle(make_request(("c", "d")), 1.0))
-
-
-def test_replies_beyond_the_bytes_that_may_be_held_fail_and_their_rounds_go_on() -> None:
-    book = RoundBook(BookLimits(reply_bytes_max=100))
-    open_many(book, 2)
-    book.handle(make_reply("a", 1, body=b"x" * 60), 1.0)
-    book.handle(make_reply("a", 2, body=b"x" * 60), 1.0)
-    assert book.held_bytes == 60
-    book.handle(make_reply("b", 2, body=b"x" * 40), 1.0)
-    assert book.held_bytes == 100
-    assert rejection(book.handle(make_request(), 1.0)) == ("busy", True)
-    outcome = outcome_in(book.handle(make_reply("b", 1, body=b"x"), 1.0) + book.handle(TimerFired(), 10.0)[:2])
-    assert outcome.round == 1
-    assert statuses(outcome) == {"a": "replied", "b": "failed", "c": "late"}
-    assert "no room" in outcome.results[1].error
-    assert (book.held_bytes, book.in_flight) == (0, 0)
-    only(BroadcastAssignment, book.handle(make_request(), 11.0))
-
-
-def test_a_stray_holds_no_bytes() -> None:
+def test_an_agent_that_is_reachable_is_given_what_it_owes_in_the_order_of_its_rounds() -> None:
     book = RoundBook()
-    open_many(book, 1)
-    for stray in (make_reply("x"), make_reply("a", attempt=2), make_reply("a", 99)):
-        assert len(book.handle(stray, 1.0)) == 1
-    assert book.held_bytes == 0
+    for selected, away in ((("a",), ("b",)), (("a", "b"), ()), (("a",), ()), ((), ("b",))):
+        book.handle(make_request(selected, make_policy(1, grace_s=None), away=away), 0.0)
+    book.handle(make_reply("b", 2), 1.0)
+    sent = book.handle(AgentReachable("b"), 2.0)
+    assert sent == [SendAssignment(n, ("b",), "classify", b"question", 1, 8.0) for n in (1, 4)]
+    assert book.handle(AgentReachable("b"), 3.0) == [
+        SendAssignment(n, ("b",), "classify", b"question", 1, 7.0) for n in (1, 4)
+    ]
+    assert book.handle(AgentReachable("stranger"), 3.0) == []
+
+
+@pytest.mark.parametrize("end", [RoundCancelled(1, "no need"), TimerFired(), CoordinatorStopped("going down")])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_round_that_ends_without_an_agent_that_was_awaited_owes_it_nothing(end: Event, lost: bool) -> None:
+    """Also where the agent was never asked, and so is none of those that were."""
+    book = RoundBook()
+    selected, away = (("a", "z"), ()) if lost else (("a",), ("z",))
+    book.handle(make_request(selected, make_policy(1.0, attempts=2), away=away), 0.0)
+    if lost:
+        assert book.handle(AgentLost("z", "gone"), 1.0) == []
+    assert book.in_flight_of("z") == 1
+    outcome = outcome_in(book.handle(end, 10.0 if isinstance(end, TimerFired) else 2.0))
+    assert statuses(outcome)["z"] == ("lost" if lost else "unavailable")
+    assert (book.in_flight_of("z"), book.in_flight_of("a")) == (0, 0)
+    assert book.handle(AgentReachable("z"), 11.0) == []
+    assert book.handle(AgentLost("z"), 11.0) == []
+
+
+def test_a_lost_agent_with_attempts_left_is_kept_and_asked_again() -> None:
+    book = RoundBook()
+    book.handle(make_request(("a", "b"), make_policy(1.0, attempts=2)), 0.0)
+    assert book.handle(AgentLost("a", "gone"), 1.0) == []
     assert book.in_flight_of("a") == 1
+    assert only(SendAssignment, book.handle(AgentReachable("a"), 2.0)).attempt == 2
+    assert book.handle(make_reply("a"), 3.0) == [NoteStray("wrong-attempt", 1, "a")]
+    assert book.stray_counts == {"wrong-attempt": 1}
+    book.handle(make_reply("b"), 3.0)
+    assert outcome_in(book.handle(make_reply("a", attempt=2), 4.0)).state == "complete"
+    assert book.in_flight_of("a") == 0
+
+
+def test_an_attempt_that_failed_is_no_stray_and_the_part_goes_on() -> None:
+    book = RoundBook(BookLimits(in_flight_per_agent_max=1))
+    book.handle(make_request(("a",), make_policy(1, attempts=2)), 0.0)
+    again = book.handle(make_reply("a", status="failed"), 1.0)
+    assert again == [SendAssignment(1, ("a",), "classify", b"question", 2, 9.0)]
+    assert (book.in_flight_of("a"), book.held_bytes, book.next_timer()) == (1, len(b"question"), 10.0)
+    assert not book.stray_counts
 
 
 # --- replies ---
@@ -198,7 +206,7 @@ def test_late_replies_are_told_from_duplicates_as_long_as_the_round_is_known() -
 def test_a_lost_agent_ends_its_part_in_its_own_rounds_in_their_order() -> None:
     book = RoundBook()
     for agents in (("a", "b"), ("b", "c"), ("a", "c"), ("b", "d")):
-        only(BroadcastAssignment, book.handle(make_request(agents), 0.0))
+        only(SendAssignment, book.handle(make_request(agents), 0.0))
     instructions = book.handle(AgentLost("b", "gone"), 1.0)
     closed = [one.outcome for one in instructions if isinstance(one, CloseRound)]
     assert [(outcome.round, outcome.state) for outcome in closed] == [(1, "failed"), (2, "failed"), (4, "failed")]
@@ -212,7 +220,7 @@ def test_a_lost_agent_may_come_back_and_be_asked() -> None:
     book = RoundBook(BookLimits(in_flight_per_agent_max=1))
     book.handle(make_request(("a", "b"), make_policy(1, grace_s=None)), 0.0)
     book.handle(AgentLost("a"), 1.0)
-    only(BroadcastAssignment, book.handle(make_request(("a",), make_policy(1)), 2.0))
+    only(SendAssignment, book.handle(make_request(("a",), make_policy(1)), 2.0))
     assert outcome_in(book.handle(make_reply("a", 2), 3.0)).state == "complete"
     assert statuses(outcome_in(book.handle(make_reply("b", 1), 3.0))) == {"a": "lost", "b": "replied"}
 
@@ -305,8 +313,8 @@ def close_rounds(book: RoundBook, count: int, *, body: bytes = b"answer", now: f
     """Opens and completes rounds of one agent, one after the other; what their closing said."""
     said: list[Instruction] = []
     for _ in range(count):
-        broadcast = only(BroadcastAssignment, book.handle(make_request(("a",), make_policy(1)), now))
-        said += book.handle(make_reply("a", broadcast.round, body=body), now)
+        assignment = only(SendAssignment, book.handle(make_request(("a",), make_policy(1)), now))
+        said += book.handle(make_reply("a", assignment.round, body=body), now)
     return said
 
 
@@ -387,12 +395,12 @@ def test_feedback_follows_the_truths_and_comes_before_assignments_asked_for_late
     for round_id in (1, 3, 2):
         said += book.handle(TruthRevealed(8, round_id, b"truth"), 1.0)
     said += book.handle(make_request(("a",), make_policy(1)), 1.0)
-    sent = [one for one in said if isinstance(one, SendFeedback | BroadcastAssignment)]
+    sent = [one for one in said if isinstance(one, SendFeedback | SendAssignment)]
     assert [(type(one), one.round) for one in sent] == [
         (SendFeedback, 1),
         (SendFeedback, 3),
         (SendFeedback, 2),
-        (BroadcastAssignment, 4),
+        (SendAssignment, 4),
     ]
 
 
@@ -424,6 +432,8 @@ COSTS: list[tuple[str, Event]] = [
     ("stray", make_reply("x", 1)),
     ("lost", AgentLost("a")),
     ("lost stranger", AgentLost("stranger")),
+    ("reachable", AgentReachable("a")),
+    ("failed", make_reply("a", 1, status="failed")),
     ("timer, nothing due", TimerFired()),
     ("cancelled", RoundCancelled(1, "no need")),
     ("request", make_request(("a", "b"))),

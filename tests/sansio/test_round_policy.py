@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from quorate_coordinator.rounds.policy import NobodySelected, PolicyConflict, ResolvedPolicy, RoundPolicy
+from quorate_coordinator.rounds.policy import ATTEMPTS_MAX, NobodySelected, PolicyConflict, ResolvedPolicy, RoundPolicy
 from quorate_protocol.errors import LocalError
 
 
@@ -57,6 +57,8 @@ def test_a_count_stands_as_it_is() -> None:
         (RoundPolicy(0.0, None, quorum=1), 3, "deadline_s", "0 s is not a positive time"),
         (RoundPolicy(math.inf, None, quorum=1), 3, "deadline_s", "inf s is not"),
         (RoundPolicy(math.nan, None, quorum=1), 3, "deadline_s", "nan s is not"),
+        (RoundPolicy(2.0, 0.5, quorum=1, attempts=0), 3, "attempts", "0 is not from 1 to 100"),
+        (RoundPolicy(2.0, 0.5, quorum=1, attempts=ATTEMPTS_MAX + 1), 3, "attempts", "101 is not from 1 to 100"),
     ],
 )
 def test_a_conflict_names_what_conflicts(policy: RoundPolicy, selected: int, field: str, words: str) -> None:
@@ -66,6 +68,16 @@ def test_a_conflict_names_what_conflicts(policy: RoundPolicy, selected: int, fie
     assert caught.value.field == field
     assert str(caught.value).startswith(f"{field}: ")
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("attempts", [1, 2, ATTEMPTS_MAX])
+def test_attempts_stand_as_they_are(attempts: int) -> None:
+    policy = RoundPolicy(deadline_s=2.0, grace_s=2.0, quorum=3, attempts=attempts)
+    assert policy.resolve(3) == ResolvedPolicy(3, 2.0, 2.0, attempts)
+
+
+def test_nobody_is_asked_twice_where_nothing_is_said() -> None:
+    assert RoundPolicy(deadline_s=2.0, grace_s=2.0, quorum=3).resolve(3).attempts == 1
 
 
 def test_nobody_selected_is_a_conflict_of_its_own() -> None:
@@ -80,6 +92,8 @@ DEFAULT = RoundPolicy(deadline_s=10.0, grace_s=0.5, quorum_fraction=0.5)
 def test_what_a_request_does_not_state_is_the_default() -> None:
     assert DEFAULT.override() == DEFAULT
     assert DEFAULT.override(grace_s=0.0) == RoundPolicy(10.0, 0.0, quorum_fraction=0.5)
+    assert DEFAULT.override(attempts=3) == RoundPolicy(10.0, 0.5, quorum_fraction=0.5, attempts=3)
+    assert DEFAULT.override(attempts=3).override(quorum=1).attempts == 3
 
 
 def test_a_quorum_replaces_the_default_in_its_other_form() -> None:

@@ -14,16 +14,18 @@ from quorate_coordinator.rounds.events import (
     TruthRevealed,
 )
 from quorate_coordinator.rounds.instructions import (
-    BroadcastAssignment,
     CloseRound,
     Instruction,
     LearnTruth,
     NoteStray,
     OfferLateReply,
+    OpenRound,
     RejectRequest,
+    SendAssignment,
     SendCancellation,
     SendFeedback,
 )
+from quorate_coordinator.rounds.policy import ResolvedPolicy
 from quorate_coordinator.rounds.round import Round
 from quorate_coordinator.rounds.table import CLOSED, TRANSITIONS, Phase, Trigger
 from quorate_protocol.messages import RoundState
@@ -148,6 +150,7 @@ def test_row(row: tuple[Phase, Trigger, Phase]) -> None:
         return
     outcome = outcome_in(instructions)
     assert outcome is round_.outcome
+    assert round_.body_bytes == 0, "nobody is asked any more: the question is let go"
     assert outcome.state == target
     assert statuses(outcome) == dict(zip("abc", ends.split(), strict=True))
     # Those still at work, and nobody else, are told to stop, before the outcome is dealt with.
@@ -162,32 +165,13 @@ def test_row(row: tuple[Phase, Trigger, Phase]) -> None:
 # --- opening ---
 
 
-def test_opening_broadcasts_once_to_all_sorted() -> None:
+def test_opening_is_told_and_the_assignment_goes_once_to_all_sorted() -> None:
     round_, instructions = open_round(("c", "a", "b"), deadline_s=4.0)
-    assert instructions == [BroadcastAssignment(7, 1, ("a", "b", "c"), "classify", b"question", 1, 4.0)]
+    assert instructions == [
+        OpenRound(7, 1, ("a", "b", "c"), "classify", b"question", ResolvedPolicy(2, 1.0, 4.0), ""),
+        SendAssignment(1, ("a", "b", "c"), "classify", b"question", 1, 4.0),
+    ]
     assert (round_.phase, round_.due_at) == ("open", 104.0)
-
-
-def test_the_unavailable_count_as_selected_and_are_not_asked() -> None:
-    round_, instructions = open_round(("a", "c"), unavailable=("b",), quorum=1.0)
-    outcome = outcome_in(instructions)
-    assert (outcome.state, outcome.quorum) == ("failed", 3)
-    assert len(instructions) == 1, "nobody is asked for what cannot be reached, nor told to stop"
-    assert statuses(outcome) == {"a": "cancelled", "b": "unavailable", "c": "cancelled"}
-    assert "quorum of 3 is out of reach" in outcome.reason
-    assert "1 unavailable" in outcome.reason
-    # Nobody was asked: a reply is no late one, and the truth is nobody's business but the learner's.
-    assert round_.handle(make_reply("a"), 101.0) == [NoteStray("not-asked", 1, "a")]
-    assert round_.handle(TruthRevealed(9, 1, b"truth"), 102.0) == [LearnTruth(9, outcome, b"truth")]
-
-
-def test_a_round_with_an_unavailable_agent_is_never_complete() -> None:
-    round_, instructions = open_round(("a", "b"), unavailable=("z",), quorum=2)
-    assert only(BroadcastAssignment, instructions).agents == ("a", "b")
-    round_.handle(make_reply("a"), 101.0)
-    outcome = outcome_in(round_.handle(make_reply("b"), 102.0))
-    assert outcome.state == "quorate"
-    assert statuses(outcome) == {"a": "replied", "b": "replied", "z": "unavailable"}
 
 
 # --- how rounds end ---

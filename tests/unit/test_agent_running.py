@@ -10,13 +10,20 @@ import pytest
 import structlog
 
 from quorate_agent import Agent, Context, Declined
+from quorate_agent.calling import Ended, describe
 from quorate_agent.events import HandlerDeclined, HandlerFailed, HandlerReturned, StartAssignment, StartFeedback
-from quorate_agent.running import Ended, HandlerRunner, describe
+from quorate_agent.running import HandlerRunner
+from quorate_agent.streams import OwnStreams
 from quorate_agent.threads import HandlerThreads
 from quorate_protocol.bodies import decode_body, encode_body
+from quorate_protocol.errors import Code, ConnectionClosed
 from quorate_protocol.limits import BODY_BYTES_MAX
 
 Run = Callable[..., Awaitable[Ended]]
+
+
+def no_link() -> OwnStreams:
+    raise ConnectionClosed(Code.NO_ERROR)
 
 
 class Runner:
@@ -30,7 +37,7 @@ class Runner:
     @property
     def runner(self) -> HandlerRunner:
         if self._runner is None:
-            self._runner = HandlerRunner(self.agent, "agent-1", 2, self.ended.put_nowait)
+            self._runner = HandlerRunner(self.agent, "agent-1", 2, self.ended.put_nowait, no_link)
         return self._runner
 
     async def task(self, function: Any, body: Any = None, raw: bytes | None = None) -> Ended:

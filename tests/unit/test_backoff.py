@@ -45,3 +45,11 @@ def test_a_session_that_lived_begins_anew_and_a_short_one_does_not() -> None:
     assert backoff.end_session(STABLE_SESSION_S - 0.1) == pytest.approx(BASE_S * 16)
     assert backoff.end_session(STABLE_SESSION_S) == BASE_S
     assert backoff.failures == 1
+
+
+def test_a_session_that_waits_for_its_link_is_tried_for_at_once_but_not_again_and_again() -> None:
+    backoff = Backoff(HighestRandom())
+    assert backoff.end_session(1.0, at_once=True) == 0.0
+    assert backoff.fail() == 2 * BASE_S
+    assert backoff.end_session(1.0, at_once=True) == 4 * BASE_S, "the link before lived too shortly"
+    assert backoff.end_session(STABLE_SESSION_S, at_once=True) == 0.0

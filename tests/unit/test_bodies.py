@@ -4,12 +4,14 @@ import datetime
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import msgpack
 import numpy
 import pytest
 
-from quorate_protocol.bodies import EXT_NDARRAY, decode_body, encode_body
+from quorate_protocol import bodies
+from quorate_protocol.bodies import EXT_NDARRAY, decode_body, encode_body, encode_body_parts
 from quorate_protocol.errors import FrameMalformed, LocalError
 
 
@@ -107,10 +109,55 @@ class TestCannotTravel:
 
 
 class TestArrays:
-    def test_an_array_of_the_largest_size_costs_no_copy_of_its_values(self) -> None:
-        data = encode_body(numpy.zeros(1 << 20, dtype="u1"))
+    def test_large_arrays_are_views_of_the_body(self) -> None:
+        data = encode_body({"a": numpy.arange(1 << 16, dtype="u1"), "b": [numpy.arange(1 << 17, dtype="<f4")]})
         value = decode_body(data)
-        assert not value.flags.owndata
+        memory = numpy.frombuffer(data, "u1")
+        for array in (value["a"], value["b"][0]):
+            assert numpy.shares_memory(array, memory)
+            assert not array.flags.writeable
+        assert (value["b"][0] == numpy.arange(1 << 17)).all()
+
+    def test_views_of_memory_that_can_be_written_are_read_only(self) -> None:
+        data = bytearray(encode_body(numpy.zeros(1 << 16)))
+        assert not decode_body(data).flags.writeable
+
+    def test_large_arrays_are_parts_of_the_body_as_they_are(self) -> None:
+        array = numpy.arange(1 << 20, dtype=">i8").reshape(1 << 10, -1)
+        parts = encode_body_parts({"x": (1, array), "y": 2})
+        assert [len(part) for part in parts] == [
+            len(encode_body({"x": (1, array), "y": 2})) - array.nbytes - 3,
+            array.nbytes,
+            3,
+        ]
+        assert numpy.shares_memory(numpy.frombuffer(parts[1], "u1"), array)
+        assert isinstance(parts[1], memoryview)
+        assert parts[1].readonly
+
+    def test_bodies_without_large_arrays_are_one_part(self) -> None:
+        value = {"x": numpy.zeros(3), "y": bytes(1 << 17)}
+        assert encode_body_parts(value) == [encode_body(value)]
+
+    def test_an_array_over_four_gibibytes_is_refused_and_not_read(self) -> None:
+        array = numpy.broadcast_to(numpy.uint8(0), (1 << 32,))
+        with (
+            mock.patch.object(numpy, "ascontiguousarray", side_effect=AssertionError("copied")),
+            pytest.raises(LocalError, match="an array of 4294967296 bytes is over the 4 GiB"),
+        ):
+            encode_body_parts(array)
+
+    def test_beginnings_of_arrays_that_are_none_do_not_cost_much(self) -> None:
+        data = encode_body([b"\xc9\x00\x01\x00\x00\x01\x93" * 140_000, bytes(1 << 16)])
+        with mock.patch.object(bodies, "_read_array", wraps=bodies._read_array) as looked:
+            assert decode_body(data)[1] == bytes(1 << 16)
+        assert 0 < looked.call_count <= 256
+
+    def test_a_body_full_of_marks_is_copied(self) -> None:
+        marks = b"".join(b"\xff%07d" % number for number in range(100))
+        array = numpy.ones(1 << 16)
+        value = decode_body(encode_body([marks, array]))
+        assert value[0] == marks
+        assert (value[1] == array).all()
 
     def test_the_extension(self) -> None:
         packed = encode_body(numpy.array([1.5]))

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from quorate_coordinator.cli.operator_commands import _print_fleet, _print_outcome
+from quorate_coordinator.cli.ask_command import _print_outcome
+from quorate_coordinator.cli.fleet_commands import _print_fleet
 from quorate_coordinator.feeding import report
 from quorate_coordinator.feeding.report import LiveProgress, print_report
 from quorate_coordinator.feeding.tally import Tally

@@ -131,5 +131,5 @@ def test_what_the_parser_finds_shows_the_usage(quorate: Command, arguments: str)
 
 def test_every_command_has_a_short_text_that_fits(quorate: Command) -> None:
     listing = quorate("--help").stdout.split("Commands:")[1].strip().splitlines()
-    assert len(listing) == 8
+    assert len(listing) == 10
     assert not [line for line in listing if line.endswith("...")]

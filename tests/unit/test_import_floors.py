@@ -22,10 +22,11 @@ ROOTS = {
 #: The floors of quorate_protocol, ground first. A module imports from floors below its own, and a package from itself.
 FLOORS: list[set[str]] = [
     {"", "limits", "errors", "state_dir"},
-    {"frames", "bodies", "credentials", "logs"},
+    {"frames", "bodies", "blobs", "credentials", "logs"},
     {"messages"},
     {"transport"},
-    {"channel"},
+    {"channel", "pace"},
+    {"bulk"},
     {"client"},
 ]
 
@@ -50,6 +51,7 @@ CORES = (
     "quorate_coordinator.rounds",
     "quorate_coordinator.registry",
     "quorate_coordinator.membership",
+    "quorate_coordinator.journal.records",
     "quorate_coordinator.learner.fixed_share",
     "quorate_agent.core",
     "quorate_agent.events",
@@ -57,6 +59,7 @@ CORES = (
     "quorate_protocol.frames",
     "quorate_protocol.bodies",
     "quorate_protocol.messages",
+    "quorate_protocol.pace",
 )
 IMPURE = {
     "asyncio", "concurrent", "multiprocessing", "os", "random", "secrets", "select", "selectors", "signal", "socket",

@@ -1,20 +1,26 @@
 """Messages: what pydantic adds to the bytes of the golden vectors: defaults, strictness, and what errors tell."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
-from quorate_protocol.errors import FrameTooLarge, MessageInvalid, UnknownType
+from quorate_protocol.errors import FrameTooLarge, LocalError, MessageInvalid, UnknownType
 from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import BODY_BYTES_MAX, FRAME_BYTES_MAX, FRAME_PREFIX_BYTES, LABELS_MAX, TASKS_MAX
 from quorate_protocol.messages import (
     AgentResult,
     Ask,
     Assignment,
+    BodyRef,
+    Bulk,
+    Feedback,
     Goodbye,
     Hello,
     Message,
     Outcome,
     Reply,
+    Reveal,
     message_types,
     parse_message,
 )
@@ -38,12 +44,20 @@ class TestTypes:
             "cancellation",
             "feedback",
             "reply",
+            "bulk",
+            "modality",
+            "telemetry",
+            "experience",
             "ask",
+            "opened",
+            "part",
             "outcome",
             "reveal",
             "revealed",
             "agents",
             "fleet",
+            "drain-agent",
+            "draining",
             "error",
         ]
 
@@ -131,6 +145,58 @@ class TestValues:
         assert through_the_wire(Goodbye(reason="🏔" * 4096)) == Goodbye(reason="🏔" * 4096)
         with pytest.raises(MessageInvalid):
             Goodbye.from_map({"reason": "🏔" * 4097})
+
+
+REF = BodyRef(size=1 << 30, digest=bytes(range(32)))
+
+#: Of each message with a body: its other keys, and the key of the body.
+WITH_BODY: dict[type[Message] | type[AgentResult], tuple[dict[str, Any], str]] = {
+    Assignment: ({"round": 1, "task": "t", "deadline_s": 1.0}, "body"),
+    Feedback: ({"round": 1, "task": "t"}, "truth"),
+    Reply: ({"round": 1}, "body"),
+    Ask: ({"task": "t"}, "body"),
+    Reveal: ({"round": 1}, "truth"),
+    Outcome: (
+        {"round": 1, "task": "t", "state": "complete", "quorum": 1, "results": [], "duration_s": 1.0},
+        "answer",
+    ),
+    AgentResult: ({"agent": "a", "status": "replied"}, "body"),
+}
+
+
+class TestReferences:
+    @pytest.mark.parametrize("model", WITH_BODY, ids=lambda model: model.__name__)
+    def test_a_body_or_a_reference(self, model: type[Message]) -> None:
+        keys, body = WITH_BODY[model]
+        assert getattr(model(**keys, **{body: b"\x01"}), body) == b"\x01"
+        referring = model(**keys, bulk=REF)
+        assert getattr(referring, body) is None
+        assert referring.bulk == REF  # type: ignore[attr-defined]
+        if isinstance(referring, Message):
+            assert through_the_wire(referring) == referring
+
+    @pytest.mark.parametrize("model", WITH_BODY, ids=lambda model: model.__name__)
+    def test_not_both(self, model: type[Message]) -> None:
+        keys, body = WITH_BODY[model]
+        with pytest.raises(ValidationError, match=f"both {body} and bulk are given, only one of them may be"):
+            model(**keys, **{body: b""}, bulk=REF)
+
+    @pytest.mark.parametrize("model", [Assignment, Feedback, Ask, Reveal], ids=lambda model: model.__name__)
+    def test_not_neither_where_one_has_to_be(self, model: type[Message]) -> None:
+        keys, body = WITH_BODY[model]
+        with pytest.raises(MessageInvalid, match=f"message: .*neither {body} nor bulk is given, one of them must be"):
+            model.from_map(keys)
+
+    def test_the_value_of_a_body_that_is_elsewhere(self) -> None:
+        for model in (Outcome, AgentResult):
+            keys, _ = WITH_BODY[model]
+            with pytest.raises(LocalError, match="body of 1073741824 bytes is not in the message"):
+                model(**keys, bulk=REF).value  # type: ignore[union-attr]  # noqa: B018
+
+    def test_references_are_compared_and_looked_up_by_what_they_say(self) -> None:
+        header = Bulk(of="reply", round=1, size=REF.size, digest=REF.digest)
+        assert header.ref == REF
+        assert {REF: 1}[header.ref] == 1
 
 
 class TestErrors:

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
 from pydantic import ValidationError
+from rich import box
+from rich.table import Table
 
 from quorate_protocol.client import Client
 from quorate_protocol.credentials import find_ca, find_token
@@ -140,6 +142,11 @@ _ARGUMENTS: Final = {
     "grace_s": "--grace",
     "deadline_s": "--deadline",
     "labels": "--label",
+    "count": "--count",
+    "attempts": "--attempts",
+    "key": "--key",
+    "agent": "AGENT",
+    "reason": "--reason",
 }
 
 
@@ -310,6 +317,11 @@ def print_json(value: Any) -> None:
     """One object on standard output."""
     with errors_shown():
         typer.echo(json_text(value, indent=2 if sys.stdout.isatty() else None))
+
+
+def plain_table() -> Table:
+    """A table without a frame."""
+    return Table(header_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _escape(char: str) -> str:

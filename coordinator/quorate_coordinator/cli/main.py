@@ -1,8 +1,8 @@
 """The command `quorate`: the coordinator, the operator's commands, the demo, the benchmarks.
 
 Exit codes: 0 done; 1 something else; 2 the command line, a file it names or a setting is wrong, or an
-extra is not installed; 3 the coordinator refused us; 5 no coordinator was reached; 6 a round was not
-opened or brought no answer; 130 interrupted.
+extra is not installed; 3 the coordinator refused us; 5 no coordinator was reached; 6 the coordinator could
+not do what it was asked: a round was not opened or brought no answer, there is no such agent; 130 interrupted.
 
 Modules that need an extra are imported by the command that needs them, so that the others work with
 the base dependencies alone.
@@ -12,7 +12,14 @@ from typing import Annotated
 
 import typer
 
-from quorate_coordinator.cli import operator_commands, service_commands, simulate_command
+from quorate_coordinator.cli import (
+    ask_command,
+    fleet_commands,
+    journal_commands,
+    operator_commands,
+    service_commands,
+    simulate_command,
+)
 from quorate_protocol import __version__
 
 app = typer.Typer(
@@ -37,12 +44,14 @@ def callback(
 
 # The short texts fit one line of the listing.
 app.command("coordinator", short_help="Run the coordinator.")(service_commands.coordinator)
-app.command("ask", short_help="Ask the fleet; print the combined answer.")(operator_commands.ask)
+app.command("ask", short_help="Ask the fleet; print the combined answer.")(ask_command.ask)
 app.command("reveal", short_help="Tell the truth of a round.")(operator_commands.reveal)
-app.command("status", short_help="Show the coordinator and its agents.")(operator_commands.status)
+app.command("status", short_help="Show the coordinator and its agents.")(fleet_commands.status)
+app.command("drain", short_help="Have an agent finish and leave.")(fleet_commands.drain)
 app.command("feed", short_help="Feed a file row by row; report accuracy.")(operator_commands.feed)
 app.command("demo", short_help="See six agents at work on real data.")(service_commands.demo)
 app.command("simulate", short_help="Search for bugs under virtual time.")(simulate_command.simulate)
+app.add_typer(journal_commands.journal, name="journal", short_help="Check, export or prune the journal.")
 app.add_typer(service_commands.bench, name="bench")
 
 

@@ -26,6 +26,10 @@ class Request:
     body: bytes
     #: Agents that can do the task and are free for it.
     candidates: tuple[str, ...]
+    #: How many of them to ask at most; None asks as many as the learner likes.
+    count: int | None = None
+    #: With `count`: rounds that each candidate owes a reply in now.
+    load: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,15 @@ class ClosedRound:
     def __post_init__(self) -> None:
         if len({reply.agent for reply in self.replies}) != len(self.replies):
             raise ValueError(f"round {self.round} has two replies of one agent")
+
+
+@dataclass(frozen=True, slots=True)
+class LateReply:
+    """An answer that came after its agent's part in a round had ended; the outcome was without it."""
+
+    round: int
+    task: str
+    reply: AgentReply
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +172,10 @@ class Learner(Protocol):
         Raises:
             FrameMalformed: the truth is not one msgpack value. Nothing has changed.
         """
+        ...
+
+    def take_late(self, late: LateReply) -> None:
+        """Takes an answer that came too late for its round: how slow its agent is, say."""
         ...
 
     def process_message(self, experience: Experience) -> Report:

@@ -18,12 +18,14 @@ from river import metrics, stats
 
 from quorate_coordinator.learner.answers import answer_key
 from quorate_coordinator.learner.api import (
+    AgentReply,
     AgentScore,
     Answer,
     ClosedRound,
     Coordination,
     Experience,
     Latency,
+    LateReply,
     Report,
     Request,
     SnapshotInvalid,
@@ -81,8 +83,16 @@ class VoteLearner:
         self._latencies: OrderedDict[str, _Latencies] = OrderedDict()
 
     def compute_coordination(self, request: Request) -> Coordination:
-        """All candidates, for as long as the settings say."""
-        return Coordination(agents=tuple(sorted(request.candidates)))
+        """All candidates, for as long as the settings say; of too many, those with the greatest weight.
+
+        Among equals, those that owe least now go first, then by name.
+        """
+        agents = request.candidates
+        if request.count is not None and request.count < len(agents):
+            weights = self._weights_of(request.task, agents)
+            by_worth = sorted(agents, key=lambda agent: (-weights[agent], request.load.get(agent, 0), agent))
+            agents = tuple(by_worth[: request.count])
+        return Coordination(agents=tuple(sorted(agents)))
 
     def combine(self, outcome: ClosedRound) -> Answer:
         """The heaviest answer. Counts the replies' latencies, so it is called at most once for a closed round.
@@ -92,11 +102,7 @@ class VoteLearner:
         """
         replies = sorted(outcome.replies, key=lambda reply: reply.agent)
         for reply in replies:
-            latencies = self._latencies.get(reply.agent)
-            if latencies is None:
-                latencies = self._latencies[reply.agent] = _Latencies()
-            latencies.count(reply.latency_s)
-            self._latencies.move_to_end(reply.agent)
+            self._count_latency(reply)
         self._forget()
         if not replies:
             return Answer()
@@ -140,6 +146,11 @@ class VoteLearner:
                 self._pairs.move_to_end(pair)
             self._forget()
         return Report(correct=correct, agents=right, weights=self._weights_of(outcome.task, right))
+
+    def take_late(self, late: LateReply) -> None:
+        """Counts its latency: quantiles of those alone who came in time would be too good."""
+        self._count_latency(late.reply)
+        self._forget()
 
     def process_message(self, experience: Experience) -> Report:
         """Nothing: a vote learns from truths alone."""
@@ -225,6 +236,13 @@ class VoteLearner:
             raise ValueError("agents of a task that is not there")
         for agent, newest_s in state["latencies"]:
             self._latencies[str(agent)] = _Latencies(newest_s)
+
+    def _count_latency(self, reply: AgentReply) -> None:
+        latencies = self._latencies.get(reply.agent)
+        if latencies is None:
+            latencies = self._latencies[reply.agent] = _Latencies()
+        latencies.count(reply.latency_s)
+        self._latencies.move_to_end(reply.agent)
 
     def _weights_of(self, task: str, agents: Iterable[str]) -> dict[str, float]:
         known = self._tasks.get(task)

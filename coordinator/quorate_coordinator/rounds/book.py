@@ -6,9 +6,9 @@ reply goes straight to its round.
 
 What is bounded, and what happens beyond (`BookLimits`):
 
-- rounds in flight, in all and for each agent: a request over it is rejected as `busy`;
-- bytes of replies held by rounds in flight: requests are rejected as `busy` while they are used up,
-  and a reply that finds no room counts as `failed`;
+- rounds in flight, in all, for each agent and for each operator: a request over it is rejected as `busy`;
+- bytes of questions and replies held by rounds in flight: requests are rejected as `busy` while they are
+  used up, and a reply that finds no room counts as `failed`;
 - closed rounds that await their truth, by count and by bytes: the oldest is forgotten, and counted;
 - what is known of closed rounds after that (to tell a duplicate from a stranger): dropped silently,
   oldest first.
@@ -25,6 +25,7 @@ from typing import Final, assert_never
 
 from quorate_coordinator.rounds.events import (
     AgentLost,
+    AgentReachable,
     CoordinatorStopped,
     DrainRequested,
     Event,
@@ -70,8 +71,10 @@ class BookLimits:
     in_flight_max: int = 1024
     #: Rounds in flight that wait for one agent: what it may owe at once.
     in_flight_per_agent_max: int = 64
-    #: Bytes of reply bodies and errors that rounds in flight hold together.
-    reply_bytes_max: int = 512 << 20
+    #: Of these, those of one operator: one that asks without end must leave room for the others.
+    in_flight_per_operator_max: int = 512
+    #: Bytes of questions, reply bodies and errors that rounds in flight hold together.
+    held_bytes_max: int = 512 << 20
     #: Closed rounds that await their truth.
     remembered_max: int = 10_000
     #: Bytes that those hold together, as estimated.
@@ -90,7 +93,9 @@ class RoundBook:
         self._rounds: dict[int, Round] = {}
         #: Agent to the rounds that wait for it, in their order. No agent without one.
         self._rounds_of: dict[str, dict[int, None]] = {}
-        #: Round in flight to the bytes of the replies it holds; may lack one without replies.
+        #: Operator to how many rounds of theirs are in flight. No operator without one.
+        self._in_flight_of_operator: Counter[str] = Counter()
+        #: Round in flight to the bytes of the question and the replies it holds.
         self._held_bytes_of: dict[int, int] = {}
         self._held_bytes = 0
         self._timers: Timers[int] = Timers()
@@ -125,19 +130,21 @@ class RoundBook:
                 instructions += self._take_request(event, now)
             case TruthRevealed():
                 instructions += self._take_truth(event, now)
-            case AgentLost(agent):
+            case AgentReachable(agent) | AgentLost(agent):
                 for round_id in tuple(self._rounds_of.get(agent, ())):
-                    instructions += self._step(self._rounds[round_id], event, now)
-                    self._unindex(agent, round_id)
+                    waiting = self._rounds[round_id]
+                    instructions += self._step(waiting, event, now)
+                    if not waiting.is_working(agent):
+                        self._unindex(agent, round_id)
             case RoundCancelled(round_id):
-                if (round_ := self._rounds.get(round_id)) is not None:
-                    instructions += self._step(round_, event, now)
+                if round_id in self._rounds:
+                    instructions += self._step(self._rounds[round_id], event, now)
             case DrainRequested():
                 self._is_draining = True
             case CoordinatorStopped():
                 self._is_draining = True
-                for round_ in tuple(self._rounds.values()):
-                    instructions += self._step(round_, event, now)
+                for round_id in tuple(self._rounds):
+                    instructions += self._step(self._rounds[round_id], event, now)
             case TimerFired():
                 pass  # `_close_due` has seen to it
             case _:
@@ -146,6 +153,11 @@ class RoundBook:
             self._is_drained = True
             instructions.append(AnnounceDrained())
         return instructions
+
+    def recall(self, outcome: Outcome) -> list[Instruction]:
+        """Remembers a round that an earlier run has closed, for its truth. Before any event; oldest first."""
+        assert outcome.round < self._first_id, "rounds of this run are not recalled"
+        return self._remember(Round.recall(outcome), outcome)
 
     def next_timer(self) -> float | None:
         """The moment at or after which a `TimerFired` is owed; None when none is."""
@@ -169,13 +181,17 @@ class RoundBook:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of replies that rounds in flight hold."""
+        """Bytes of questions and replies that rounds in flight hold."""
         return self._held_bytes
 
     @property
     def remembered(self) -> int:
         """Closed rounds that await their truth."""
         return len(self._remembered)
+
+    def awaiting(self) -> frozenset[int]:
+        """Closed rounds that await their truth, by number."""
+        return frozenset(self._remembered)
 
     @property
     def remembered_bytes(self) -> int:
@@ -190,7 +206,7 @@ class RoundBook:
     # --- what events do ---
 
     def _take_request(self, event: RoundRequested, now: float) -> list[Instruction]:
-        everyone = event.selected + event.unavailable
+        everyone = event.selected + event.away
         if self._is_draining:
             return [_reject(event, "draining", "the coordinator is draining: it opens no new rounds", retry=True)]
         if len(set(everyone)) < len(everyone):
@@ -201,23 +217,26 @@ class RoundBook:
             return [_reject(event, "no-agents", f"no agent can be asked to {event.task}", retry=True)]
         except PolicyConflict as conflict:
             return [_reject(event, "bad-request", str(conflict), retry=False)]
-        if (busy := self._explain_busy(event.selected)) is not None:
+        if (busy := self._explain_busy(event)) is not None:
             return [_reject(event, "busy", busy, retry=True)]
         self._last_id = round_.id
-        instructions = round_.open(event.body)
-        if not round_.is_closed:
-            self._rounds[round_.id] = round_
-            for agent in round_.asked:
-                self._rounds_of.setdefault(agent, {})[round_.id] = None
-        return instructions + self._settle(round_)
+        self._rounds[round_.id] = round_
+        if event.operator:
+            self._in_flight_of_operator[event.operator] += 1
+        for agent in round_.asked:
+            self._rounds_of.setdefault(agent, {})[round_.id] = None
+        self._hold(round_.id, round_.body_bytes)
+        return round_.open() + self._settle(round_)
 
-    def _explain_busy(self, agents: tuple[str, ...]) -> str | None:
+    def _explain_busy(self, event: RoundRequested) -> str | None:
         limits = self.limits
         if len(self._rounds) >= limits.in_flight_max:
             return f"{len(self._rounds)} rounds are in flight, as many as there may be"
-        if self._held_bytes >= limits.reply_bytes_max:
-            return f"rounds in flight hold {self._held_bytes} bytes of replies, as many as there may be"
-        for agent in agents:
+        if event.operator and self._in_flight_of_operator[event.operator] >= limits.in_flight_per_operator_max:
+            return f"{limits.in_flight_per_operator_max} rounds of this operator are in flight, as many as may be"
+        if self._held_bytes + len(event.body) > limits.held_bytes_max:
+            return f"rounds in flight hold {self._held_bytes} bytes, and may hold {limits.held_bytes_max}"
+        for agent in event.selected + event.away:
             if self.in_flight_of(agent) >= limits.in_flight_per_agent_max:
                 return f"{self.in_flight_of(agent)} rounds wait for agent {agent}, as many as may"
         return None
@@ -229,7 +248,7 @@ class RoundBook:
             return [NoteStray("unknown", event.round, event.agent)]
         was_working = round_.is_working(event.agent)
         reply_bytes = len(event.body or b"") + len(event.error)
-        if was_working and self._held_bytes + reply_bytes > self.limits.reply_bytes_max:
+        if was_working and self._held_bytes + reply_bytes > self.limits.held_bytes_max:
             event = replace(event, status="failed", body=None, error=_NO_ROOM)
             reply_bytes = 0  # that text is one for all
         instructions = round_.handle(event, now)
@@ -240,15 +259,14 @@ class RoundBook:
             return instructions
         if not round_.is_closed:
             self._unindex(event.agent, round_.id)
-            self._held_bytes += reply_bytes
-            self._held_bytes_of[round_.id] = self._held_bytes_of.get(round_.id, 0) + reply_bytes
+            self._hold(round_.id, reply_bytes)
         return instructions + self._settle(round_)
 
     def _take_truth(self, event: TruthRevealed, now: float) -> list[Instruction]:
         round_ = self._find(event.round)
         if round_ is None:
             if 1 <= event.round < self._first_id:
-                message = f"round {event.round} is of an earlier run of the coordinator: those are not remembered"
+                message = f"round {event.round} is of an earlier run of the coordinator, and is not remembered"
             elif 1 <= event.round <= self._last_id:
                 message = f"round {event.round} is not remembered any more"
             else:
@@ -286,10 +304,21 @@ class RoundBook:
         assert outcome is not None
         self._rounds.pop(round_.id, None)
         self._timers.drop(round_.id)
-        for agent in round_.asked:
+        for agent in outcome.selected:
             self._unindex(agent, round_.id)
+        if round_.operator:
+            self._in_flight_of_operator[round_.operator] -= 1
+            if not self._in_flight_of_operator[round_.operator]:
+                del self._in_flight_of_operator[round_.operator]
         self._held_bytes -= self._held_bytes_of.pop(round_.id, 0)
         self.closed_counts[outcome.state] += 1
+        return self._remember(round_, outcome)
+
+    def _hold(self, round_id: int, size_bytes: int) -> None:
+        self._held_bytes += size_bytes
+        self._held_bytes_of[round_id] = self._held_bytes_of.get(round_id, 0) + size_bytes
+
+    def _remember(self, round_: Round, outcome: Outcome) -> list[Instruction]:
         forgotten = self._remembered.put(round_.id, round_, _estimate_bytes(outcome))
         for old in forgotten:
             old.forget()

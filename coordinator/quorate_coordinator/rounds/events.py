@@ -19,9 +19,14 @@ class RoundRequested:
     body: bytes
     #: Agents to ask, each reachable now.
     selected: tuple[str, ...]
-    #: Agents that belong to the round but cannot be reached: they count as selected and end as `unavailable`.
-    unavailable: tuple[str, ...]
+    #: Agents that belong to the round and have no link now: they are asked when they return, and end as
+    #: `unavailable` when they do not.
+    away: tuple[str, ...]
     policy: RoundPolicy
+    #: Who wants it, for the bound on what one may have in flight; empty is nobody's.
+    operator: str = ""
+    #: Whether each part that ends is to be told as it does (`TellPart`).
+    is_streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,21 @@ class ReplyReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentReachable:
+    """An agent has a link it had not: it resumed its session, or joined anew.
+
+    What it owes is delivered to it (again, where it may have come already: agents tell by round and attempt).
+    """
+
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
 class AgentLost:
-    """An agent is gone (its lease or its link ended, or it left): what it worked on will not come."""
+    """An agent's session is over (its lease ended, or it left): what it worked on will not come.
+
+    Where the policy leaves it attempts, it is asked again when it returns.
+    """
 
     agent: str
     reason: str = ""
@@ -89,6 +107,7 @@ class CoordinatorStopped:
 Event = (
     RoundRequested
     | ReplyReceived
+    | AgentReachable
     | AgentLost
     | RoundCancelled
     | TruthRevealed

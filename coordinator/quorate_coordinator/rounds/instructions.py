@@ -6,11 +6,12 @@ Every text in here may be shown to an operator.
 from dataclasses import dataclass
 from typing import Literal
 
+from quorate_coordinator.rounds.policy import ResolvedPolicy
 from quorate_protocol.messages import RoundState, Status
 
 #: Why a reply did not count: `unknown` (no such round, or not remembered any more), `not-asked` (an
-#: agent that the round did not ask), `wrong-attempt`, `duplicate` (its agent had answered), `late` (its
-#: agent's part had ended without an answer).
+#: agent that the round did not ask), `duplicate` (its agent had answered), `wrong-attempt` (it had not, and
+#: was asked under another number), `late` (its agent's part had ended without an answer).
 StrayKind = Literal["unknown", "not-asked", "wrong-attempt", "duplicate", "late"]
 
 #: As in the wire's `error` message.
@@ -58,18 +59,41 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class BroadcastAssignment:
-    """Send one assignment to all these agents: encode it once. The round is open."""
+class OpenRound:
+    """The round is open: record it, and tell its operator where it wants to know. `SendAssignment` follows."""
 
     request_id: int
     round: int
-    #: Sorted.
+    #: All who were selected, sorted, those without a link among them.
+    selected: tuple[str, ...]
+    task: str
+    body: bytes
+    policy: ResolvedPolicy
+    operator: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendAssignment:
+    """Send one assignment to all these agents: encode it once."""
+
+    round: int
+    #: Sorted; never empty.
     agents: tuple[str, ...]
     task: str
     body: bytes
+    #: The number that their replies must carry.
     attempt: int
     #: Seconds left until the hard end.
     deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TellPart:
+    """One agent's part has ended, and the round has not: for an operator that wants replies as they come."""
+
+    request_id: int
+    round: int
+    result: AgentResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +182,9 @@ class AnnounceDrained:
 
 
 Instruction = (
-    BroadcastAssignment
+    OpenRound
+    | SendAssignment
+    | TellPart
     | SendCancellation
     | CloseRound
     | SendFeedback

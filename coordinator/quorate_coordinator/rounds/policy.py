@@ -10,7 +10,10 @@ from quorate_protocol.errors import LocalError
 #: product is 3.0000000000000004 in binary. Far above the error of any fleet's product, far below one agent.
 _ROUNDING: Final = 1e-9
 
-PolicyField = Literal["selected", "quorum", "quorum_fraction", "grace_s", "deadline_s"]
+PolicyField = Literal["selected", "quorum", "quorum_fraction", "grace_s", "deadline_s", "attempts"]
+
+#: More attempts in one round are a loop by mistake.
+ATTEMPTS_MAX: Final = 100
 
 
 class PolicyConflict(LocalError):
@@ -39,6 +42,8 @@ class ResolvedPolicy:
     grace_s: float | None
     #: Seconds from opening to the hard end.
     deadline_s: float
+    #: How often one agent may be given the assignment, at least 1.
+    attempts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,9 @@ class RoundPolicy:
     quorum: int | None = None
     #: Replies needed, as a share of the selected agents in (0, 1], rounded up.
     quorum_fraction: float | None = None
+    #: How often one agent may be given the assignment: again when it failed, or came back after it was lost.
+    #: With 1 no handler is run twice for one round.
+    attempts: int = 1
 
     def override(
         self,
@@ -64,6 +72,7 @@ class RoundPolicy:
         quorum_fraction: float | None = None,
         grace_s: float | None = None,
         deadline_s: float | None = None,
+        attempts: int | None = None,
     ) -> "RoundPolicy":
         """This policy as the default for a request that states some values itself; None means not stated.
 
@@ -80,15 +89,18 @@ class RoundPolicy:
                 wanted = replace(wanted, grace_s=deadline_s)
         if grace_s is not None:
             wanted = replace(wanted, grace_s=grace_s)
+        if attempts is not None:
+            wanted = replace(wanted, attempts=attempts)
         return wanted
 
     def resolve(self, selected_count: int) -> ResolvedPolicy:
-        """The policy for this many selected agents, those counted who were selected but are unavailable.
+        """The policy for this many selected agents, those without a link among them.
 
         Raises:
             NobodySelected: `selected_count` is 0.
             PolicyConflict: quorum stated twice, not at all, not positive or over the number selected; a
-                deadline that is not positive and finite; a grace that is negative or past the deadline.
+                deadline that is not positive and finite; a grace that is negative or past the deadline;
+                attempts out of bounds.
         """
         if selected_count < 1:
             raise NobodySelected
@@ -98,7 +110,9 @@ class RoundPolicy:
             raise PolicyConflict("grace_s", f"{self.grace_s:g} s is not a time")
         if self.grace_s is not None and self.grace_s > self.deadline_s:
             raise PolicyConflict("grace_s", f"{self.grace_s:g} s is past the deadline of {self.deadline_s:g} s")
-        return ResolvedPolicy(self._quorum_of(selected_count), self.grace_s, self.deadline_s)
+        if not 1 <= self.attempts <= ATTEMPTS_MAX:
+            raise PolicyConflict("attempts", f"{self.attempts} is not from 1 to {ATTEMPTS_MAX}")
+        return ResolvedPolicy(self._quorum_of(selected_count), self.grace_s, self.deadline_s, self.attempts)
 
     def _quorum_of(self, selected_count: int) -> int:
         if self.quorum is not None and self.quorum_fraction is not None:

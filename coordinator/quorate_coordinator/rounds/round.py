@@ -2,13 +2,18 @@
 
 How each selected agent ends. Exactly one status each, decided at one moment and never changed:
 
-- `replied`, `declined`, `failed`: what its first reply said, if that came while the round was in flight.
-- `lost`: it was gone before it answered, while the round was in flight.
-- `unavailable`: it was selected but could not be asked.
+- `replied`, `declined`, `failed`: what its last reply said, if that came while the round was in flight.
+- `lost`: its session ended before it answered, while the round was in flight, and it was not asked again.
+- `unavailable`: it had no link when the round opened, and did not return in time: it was never asked.
 - `late`: the round came to its deadline, and the agent, which had all the time there was, had not answered.
 - `cancelled`: the round closed before its deadline (quorum and grace, quorum out of reach, cancelled,
-  interrupted), and the agent was stopped at work; or not even asked, where quorum was out of reach
-  from the start.
+  interrupted), and the agent was stopped at work.
+
+Attempts. An agent whose reply is `failed` is asked again while the policy leaves it attempts, and so is one
+that was lost and came back as a new session: each time under the next number. Until then the round waits
+for it, as for one that was never asked; without attempts left, the end of its session ends its part. A
+link that breaks and comes back within its session changes no number: what is owed is delivered again, and
+the agent tells by round and attempt what it knows already.
 
 A reply that comes after its agent's part has ended without one (late, cancelled or lost) is a late
 reply: it is counted and offered, and changes neither the status nor the outcome.
@@ -20,10 +25,11 @@ in which a loop ran its callbacks.
 
 import math
 from bisect import bisect_left
-from typing import Final, Literal, assert_never, cast
+from typing import Final, Literal, Self, assert_never, cast
 
 from quorate_coordinator.rounds.events import (
     AgentLost,
+    AgentReachable,
     CoordinatorStopped,
     ReplyReceived,
     RoundCancelled,
@@ -33,23 +39,28 @@ from quorate_coordinator.rounds.events import (
 )
 from quorate_coordinator.rounds.instructions import (
     AgentResult,
-    BroadcastAssignment,
     CloseRound,
     Instruction,
     LearnTruth,
     NoteStray,
     OfferLateReply,
+    OpenRound,
     Outcome,
     RejectRequest,
+    SendAssignment,
     SendCancellation,
     SendFeedback,
     StrayKind,
+    TellPart,
 )
+from quorate_coordinator.rounds.policy import ResolvedPolicy, RoundPolicy
 from quorate_coordinator.rounds.table import CLOSED, NEXT, Phase, Trigger
 from quorate_protocol.messages import RoundState, Status
 
 #: The events that concern one round.
-RoundEvent = ReplyReceived | AgentLost | RoundCancelled | TruthRevealed | TimerFired | CoordinatorStopped
+RoundEvent = (
+    ReplyReceived | AgentReachable | AgentLost | RoundCancelled | TruthRevealed | TimerFired | CoordinatorStopped
+)
 
 #: How a closed round stands with its truth: it may come, it came, or it came too late to be kept for.
 TruthState = Literal["awaited", "revealed", "forgotten"]
@@ -67,6 +78,9 @@ class Round:
 
     __slots__ = (
         "_asked",
+        "_attempts",
+        "_body",
+        "_is_streamed",
         "_owing",
         "_policy",
         "_replies",
@@ -74,12 +88,13 @@ class Round:
         "_results",
         "_selected",
         "_task",
+        "_unreached",
         "_working",
-        "attempt",
         "deadline_at",
         "due_at",
         "id",
         "opened_at",
+        "operator",
         "outcome",
         "phase",
         "truth",
@@ -95,22 +110,29 @@ class Round:
         """
         self.id: Final = round_id
         self.opened_at: Final = now
+        self.operator: Final = request.operator
         self._request_id: Final = request.request_id
         self._task: Final = request.task
-        self._policy: Final = request.policy.resolve(len(request.selected) + len(request.unavailable))
-        #: Sorted: the agents that get the assignment.
-        self._asked = tuple(sorted(request.selected))
-        #: Sorted: `_asked` and the unavailable. The same tuple where it can be: many rounds share few.
-        self._selected: Final = tuple(sorted(self._asked + request.unavailable)) if request.unavailable else self._asked
+        self._policy: Final[ResolvedPolicy] = request.policy.resolve(len(request.selected) + len(request.away))
+        self._is_streamed: Final = request.is_streamed
+        #: Kept while the round is in flight, for agents that return.
+        self._body = request.body
+        #: Sorted. The same tuple where it can be: many rounds share few.
+        selected = request.selected
+        self._selected: Final = tuple(sorted(selected + request.away if request.away else selected))
+        #: Sorted: once the round is closed, the agents that were given the assignment.
+        self._asked = self._selected
         #: Agents whose part has not ended. Empty once the round is closed.
-        self._working = set(self._asked)
-        #: Agents asked that never sent a reply. Holds `_working`.
-        self._owing = set(self._asked)
+        self._working = set(self._selected)
+        #: Of those, the ones that have no link to be asked over, and why they lost it; empty where they never had one.
+        self._unreached = dict.fromkeys(request.away, "")
+        #: Agents that have not answered what they were asked last, whether or not their part has ended.
+        self._owing = set(selected)
+        #: The number that an agent's reply must carry, where it is not 1.
+        self._attempts: dict[str, int] = {}
         #: Parts that have ended; given away to the outcome when the round closes.
-        self._results = {agent: AgentResult(agent, "unavailable") for agent in request.unavailable}
+        self._results: dict[str, AgentResult] = {}
         self._replies = 0
-        #: The number that a reply must carry.
-        self.attempt: Final = 1
         self.phase: Phase = "open"
         #: The hard end.
         self.deadline_at: Final = now + self._policy.deadline_s
@@ -120,9 +142,22 @@ class Round:
         self.outcome: Outcome | None = None
         self.truth: TruthState = "awaited"
 
+    @classmethod
+    def recall(cls, outcome: Outcome) -> Self:
+        """A round that an earlier run has closed, and whose truth may still come. Nobody owes it a reply."""
+        policy = RoundPolicy(deadline_s=1.0, grace_s=0.0, quorum=1)  # over, and of no effect any more
+        request = RoundRequested(outcome.request_id, outcome.task, b"", outcome.selected, (), policy)
+        round_ = cls(outcome.round, request, 0.0)
+        round_.phase = outcome.state
+        round_.due_at = math.inf
+        round_.outcome = outcome
+        round_._asked = _asked_in(outcome)
+        round_._working, round_._owing = set(), set()
+        return round_
+
     @property
     def asked(self) -> tuple[str, ...]:
-        """The agents that the assignment went to, sorted."""
+        """Who the assignment is for; once closed, who was given it. Sorted."""
         return self._asked
 
     @property
@@ -130,31 +165,22 @@ class Round:
         """Whether the outcome stands."""
         return self.phase in CLOSED
 
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of the question that it keeps."""
+        return len(self._body)
+
     def is_working(self, agent: str) -> bool:
         """Whether an agent's part has not ended."""
         return agent in self._working
 
-    def open(self, body: bytes) -> list[Instruction]:
-        """Sends the assignment; or closes at once, nobody asked, where quorum is out of reach from the start.
-
-        To be called once, before any event.
-        """
-        closing = self._follow(self.opened_at)
-        if self.is_closed:
-            # Nobody was told: nobody is to be told to stop, owes a reply, or has a use for the truth.
-            self._asked, self._owing = (), set()
-            return [instruction for instruction in closing if not isinstance(instruction, SendCancellation)]
-        return [
-            BroadcastAssignment(
-                self._request_id,
-                self.id,
-                self._asked,
-                self._task,
-                body,
-                self.attempt,
-                self._policy.deadline_s,
-            )
-        ]
+    def open(self) -> list[Instruction]:
+        """Records the round and sends the assignment. To be called once, before any event."""
+        opened = OpenRound(
+            self._request_id, self.id, self._selected, self._task, self._body, self._policy, self.operator
+        )
+        reachable = tuple(agent for agent in self._selected if agent not in self._unreached)
+        return [opened, *self._assign(reachable, 1, self.opened_at)]
 
     def handle(self, event: RoundEvent, now: float) -> list[Instruction]:
         """Takes one event that concerns this round; `now` is monotonic seconds."""
@@ -162,9 +188,12 @@ class Round:
         match event:
             case ReplyReceived():
                 instructions += self._take_reply(event, now)
+            case AgentReachable(agent):
+                if agent in self._working:
+                    instructions += self._reach(agent, now)
             case AgentLost(agent, reason):
                 if agent in self._working:
-                    self._end_part(AgentResult(agent, "lost", error=reason))
+                    instructions += self._lose(agent, reason)
             case RoundCancelled(_, reason):
                 if not self.is_closed:
                     instructions += self._move(Trigger.CANCELLED, now, reason)
@@ -189,18 +218,22 @@ class Round:
 
     def _take_reply(self, event: ReplyReceived, now: float) -> list[Instruction]:
         agent = event.agent
-        if event.attempt != self.attempt or agent not in self._owing:
+        if event.attempt != self._attempts.get(agent, 1) or agent not in self._owing:
             return [NoteStray(self._name_stray(event), self.id, agent)]
-        self._owing.discard(agent)
         status: Status = event.status
         error = event.error
         if status == "replied" and event.body is None:
             status, error = "failed", "the reply has no body"
+        if agent in self._working and status == "failed" and self._has_attempts_left(agent):
+            if agent not in self._unreached:
+                return self._ask_again(agent, now)
+            self._owing.discard(agent)  # it is lost: the next attempt is for its return
+            return []
+        self._owing.discard(agent)
         body = event.body if status == "replied" else None
         latency_s = now - self.opened_at
         if agent in self._working:
-            self._end_part(AgentResult(agent, status, body, error, latency_s, event.compute_s, event.waited_s))
-            return []
+            return self._end_part(AgentResult(agent, status, body, error, latency_s, event.compute_s, event.waited_s))
         late: list[Instruction] = [NoteStray("late", self.id, agent)]
         if body is not None:
             late.append(OfferLateReply(self.id, self._task, agent, body, latency_s, event.compute_s, event.waited_s))
@@ -208,9 +241,45 @@ class Round:
 
     def _name_stray(self, event: ReplyReceived) -> StrayKind:
         place = bisect_left(self._asked, event.agent)
-        if self._asked[place : place + 1] != (event.agent,):
+        if self._asked[place : place + 1] != (event.agent,) or not self._was_asked(event.agent):
             return "not-asked"
-        return "wrong-attempt" if event.attempt != self.attempt else "duplicate"
+        return "wrong-attempt" if event.agent in self._owing else "duplicate"
+
+    def _reach(self, agent: str, now: float) -> list[Instruction]:
+        """The agent has a link: it is given what it owes."""
+        was_lost = self._unreached.pop(agent, "")
+        if was_lost:
+            return self._ask_again(agent, now)
+        self._owing.add(agent)
+        return self._assign((agent,), self._attempts.get(agent, 1), now)
+
+    def _lose(self, agent: str, reason: str) -> list[Instruction]:
+        was_asked = self._was_asked(agent)
+        if self._has_attempts_left(agent):
+            if was_asked:
+                self._unreached[agent] = reason or "lost"
+            return []
+        return self._end_part(AgentResult(agent, "lost" if was_asked else "unavailable", error=reason))
+
+    def _was_asked(self, agent: str) -> bool:
+        """Whether an agent of `_asked` was given the assignment."""
+        if agent in self._unreached:
+            return bool(self._unreached[agent])
+        return agent not in self._results or self._results[agent].status != "unavailable"
+
+    def _has_attempts_left(self, agent: str) -> bool:
+        return self._attempts.get(agent, 1) < self._policy.attempts
+
+    def _ask_again(self, agent: str, now: float) -> list[Instruction]:
+        attempt = self._attempts[agent] = self._attempts.get(agent, 1) + 1
+        self._owing.add(agent)
+        return self._assign((agent,), attempt, now)
+
+    def _assign(self, agents: tuple[str, ...], attempt: int, now: float) -> list[Instruction]:
+        left_s = self.deadline_at - now
+        if not agents or left_s <= 0:
+            return []
+        return [SendAssignment(self.id, agents, self._task, self._body, attempt, left_s)]
 
     def _take_truth(self, event: TruthRevealed) -> list[Instruction]:
         if not self.is_closed:
@@ -250,7 +319,8 @@ class Round:
         elif self.phase == "grace":
             if self._replies == len(self._selected):
                 return Trigger.ALL_REPLIED
-            if not self._working:
+            # Grace is for those who were asked: one that has no link must not slow every round down meanwhile.
+            if len(self._working) == len(self._unreached):
                 return Trigger.ALL_ENDED
         else:
             return None
@@ -266,21 +336,24 @@ class Round:
             return []
         return self._close(trigger, now, reason)
 
-    def _end_part(self, result: AgentResult) -> None:
+    def _end_part(self, result: AgentResult) -> list[Instruction]:
         self._working.discard(result.agent)
+        self._unreached.pop(result.agent, None)
         self._results[result.agent] = result
         self._replies += result.status == "replied"
+        return [TellPart(self._request_id, self.id, result)] if self._is_streamed else []
 
     def _close(self, trigger: Trigger, now: float, reason: str) -> list[Instruction]:
         self.due_at = math.inf
         state = cast("RoundState", self.phase)  # every phase but open and grace is one
         reason = reason or self._explain(trigger)  # before the parts below are ended by this
-        working = tuple(sorted(self._working))
-        for agent in working:
-            self._end_part(AgentResult(agent, "late" if trigger is Trigger.DEADLINE else "cancelled"))
+        told = tuple(sorted(self._working - self._unreached.keys()))
+        for agent in sorted(self._working):
+            self._end_part(self._end_at_close(agent, trigger))
         results = tuple(self._results[agent] for agent in self._selected)
         # What stays of a closed round is small: a set keeps the room of all it ever held, a copy does not.
-        self._results, self._working, self._owing = {}, set(), set(self._owing)
+        self._results, self._working, self._unreached, self._owing = {}, set(), {}, set(self._owing)
+        self._body = b""
         self.outcome = Outcome(
             round=self.id,
             request_id=self._request_id,
@@ -292,11 +365,21 @@ class Round:
             duration_s=now - self.opened_at,
             reason=reason,
         )
+        self._asked = _asked_in(self.outcome)
         closing: list[Instruction] = [CloseRound(self.outcome)]
-        if working:
+        if told:
             # First: whatever the shell does with the outcome, the agents' time is not wasted meanwhile.
-            closing.insert(0, SendCancellation(self.id, working, _CANCELLATION.get(trigger, reason)))
+            closing.insert(0, SendCancellation(self.id, told, _CANCELLATION.get(trigger, reason)))
         return closing
+
+    def _end_at_close(self, agent: str, trigger: Trigger) -> AgentResult:
+        """How the part of an agent ends that was still at work, or awaited."""
+        lost = self._unreached.get(agent)
+        if lost is None:
+            return AgentResult(agent, "late" if trigger is Trigger.DEADLINE else "cancelled")
+        if lost:
+            return AgentResult(agent, "lost", error=lost)
+        return AgentResult(agent, "unavailable", error="it had no link")
 
     def _explain(self, trigger: Trigger) -> str:
         """What went wrong, for an operator; nothing when nothing did."""
@@ -314,3 +397,9 @@ class Round:
                 f"{self._replies} of {quorum} replies needed had come at the deadline of {self._policy.deadline_s:g} s"
             )
         return str(trigger) if self.phase in ("cancelled", "interrupted") else ""
+
+
+def _asked_in(outcome: Outcome) -> tuple[str, ...]:
+    """The agents that were given the assignment, sorted: all but the unavailable."""
+    asked = tuple(result.agent for result in outcome.results if result.status != "unavailable")
+    return outcome.selected if len(asked) == len(outcome.selected) else asked

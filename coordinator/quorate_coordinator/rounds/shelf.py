@@ -1,6 +1,7 @@
 """Bounded memory: keeps the latest items up to a count and a number of bytes, and hands back what falls off."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 ItemT = TypeVar("ItemT")
@@ -21,6 +22,9 @@ class Shelf(Generic[ItemT]):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._items)
 
     @property
     def held_bytes(self) -> int:

@@ -72,6 +72,8 @@ class ConnectionStats:
     streams_open: int = 0
     #: Gauge: smoothed round-trip time in seconds; 0 until measured.
     rtt_s: float = 0.0
+    #: Gauge: the least round-trip time that was measured, in seconds; 0 until measured.
+    rtt_least_s: float = 0.0
     #: Gauge: largest UDP payload that is sent now: what path MTU discovery has come to.
     udp_payload_bytes: int = UDP_PAYLOAD_BYTES_MIN
     #: Gauge: the loop's time when a packet last came from the peer.
@@ -137,8 +139,11 @@ class SendStream(ABC):
         """Bytes handed over and not acknowledged by the peer's transport yet."""
 
     @abstractmethod
-    async def flush(self) -> None:
+    async def flush(self, left_bytes: int = 0) -> None:
         """Returns when the peer's transport has acknowledged everything sent so far; after `reset`, at once.
+
+        Args:
+            left_bytes: so many bytes may still be unacknowledged.
 
         Raises:
             StoppedByPeer: the peer stopped this stream.

@@ -189,6 +189,9 @@ class QuicConnection(Connection):
         return stream
 
     async def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
+        if self._close_error is None:
+            # A stream that was reset just now is more than one that ends with its connection.
+            self._driver.serve_now(self)
         self.abort(code, reason)
         # The loop may stop right after this.
         self._driver.serve_now(self)
@@ -352,6 +355,7 @@ class QuicConnection(Connection):
         """Passes on what the engine reports and wakes senders whose bytes were acknowledged."""
         self.engine.report(self)
         self.stats.rtt_s = self.engine.rtt_s
+        self.stats.rtt_least_s = self.engine.rtt_least_s
         self.stats.udp_payload_bytes = self.engine.udp_payload_bytes
         for priority, waiting in zip(Priority, self._cap_writers, strict=True):
             if waiting:

@@ -116,12 +116,14 @@ class QuicSendStream(SendStream):
     def unsent_bytes(self) -> int:
         return self._connection.engine.unacknowledged_bytes(self.id)
 
-    async def flush(self) -> None:
-        while self.unsent_bytes and self._send_error is None:
+    async def flush(self, left_bytes: int = 0) -> None:
+        while self.unsent_bytes > left_bytes and self._send_error is None:
             self._connection.check_open()
-            await self._wait_below(0)
+            await self._wait_below(left_bytes)
         # A stopped stream waits for nothing any more, and yet not everything was acknowledged.
-        if self._send_error is not None and (self.unsent_bytes or isinstance(self._send_error, StoppedByPeer)):
+        if self._send_error is not None and (
+            self.unsent_bytes > left_bytes or isinstance(self._send_error, StoppedByPeer)
+        ):
             raise self._send_error.with_traceback(None)
 
     async def finish(self) -> None:

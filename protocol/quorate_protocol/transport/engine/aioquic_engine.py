@@ -143,6 +143,11 @@ class AioquicEngine:
         loss = self._quic._loss
         return loss._rtt_smoothed if loss._rtt_initialized else 0.0
 
+    @property
+    def rtt_least_s(self) -> float:
+        loss = self._quic._loss
+        return loss._rtt_min if loss._rtt_initialized else 0.0
+
     def can_open_stream(self, *, bidirectional: bool) -> bool:
         quic = self._quic
         if bidirectional:

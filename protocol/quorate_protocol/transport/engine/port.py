@@ -94,6 +94,10 @@ class Engine(Protocol):
     def rtt_s(self) -> float:
         """Smoothed round-trip time, 0 until measured."""
 
+    @property
+    def rtt_least_s(self) -> float:
+        """The least round-trip time that was measured, 0 until then."""
+
     def can_open_stream(self, *, bidirectional: bool) -> bool:
         """Whether the peer's limit allows one more stream."""
 

@@ -1,0 +1,74 @@
+"""A call for a round that is under way, and who waits for it."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from quorate_coordinator.ledger import Question
+from quorate_protocol.errors import CallFailed
+from quorate_protocol.messages import Opened, Outcome, Part
+
+#: Takes what a streamed call is told before its outcome.
+Listener = Callable[[Opened | Part], None]
+
+
+class Asking:
+    """One round that somebody asked for. Several may wait for it, under the same key.
+
+    Args:
+        request_id: The call's number.
+        question: Its key.
+        cancel: Called when nobody wants the round any more.
+    """
+
+    def __init__(self, request_id: int, question: Question, cancel: Callable[["Asking"], None]) -> None:
+        self.request_id: Final = request_id
+        self.question: Final = question
+        #: Done once the outcome is durable, or with `CallFailed`.
+        self.outcome: Final[asyncio.Future[Outcome]] = asyncio.get_running_loop().create_future()
+        #: The round, once it is open.
+        self.opened: Opened | None = None
+        self._cancel = cancel
+        self._waiting = 0
+        self._listeners: list[Listener] = []
+
+    def join(self, listener: Listener | None) -> None:
+        """One more waits. A listener that joins late hears of the opening, and of the parts that end from now on."""
+        self._waiting += 1
+        if listener is not None:
+            self._listeners.append(listener)
+            if self.opened is not None and not self.outcome.done():
+                listener(self.opened)
+
+    def tell(self, message: Opened | Part) -> None:
+        """Tells all listeners."""
+        if isinstance(message, Opened):
+            self.opened = message
+        for listener in self._listeners:
+            listener(message)
+
+    def withdraw(self, listener: Listener | None) -> None:
+        """Somebody who waited does not want it any more. When nobody does, the round is cancelled."""
+        self._leave(listener, cancels=True)
+
+    def leave(self, listener: Listener | None) -> None:
+        """Somebody who waited is gone, and may come back for a round that has a key. Any other is cancelled."""
+        self._leave(listener, cancels=self.question.key is None)
+
+    def _leave(self, listener: Listener | None, *, cancels: bool) -> None:
+        self._waiting -= 1
+        if listener is not None:
+            self._listeners.remove(listener)
+        if self._waiting <= 0 and cancels and not self.outcome.done():
+            self._cancel(self)
+
+    def answer(self, outcome: Outcome) -> None:
+        """It is over and durable."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    def fail(self, error: CallFailed) -> None:
+        """There is no outcome, or none that may be told."""
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+            self.outcome.exception()  # whoever waits sees it; nobody may

@@ -1,0 +1,170 @@
+"""The journal as the service has it: opened, recovered from, written by the gatherer, pruned now and then."""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection
+from typing import Final, Self
+
+import structlog
+
+from quorate_coordinator.journal.errors import JournalUnusable
+from quorate_coordinator.journal.prune import Retention
+from quorate_coordinator.journal.reader import JournalReader
+from quorate_coordinator.journal.records import Record, RoundClosed
+from quorate_coordinator.journal.schema import JOURNAL_NAME
+from quorate_coordinator.journal.writer import Journal
+from quorate_coordinator.learner.api import Learner
+from quorate_coordinator.ledger import interrupt
+from quorate_coordinator.recovery import Recovered, recover
+from quorate_coordinator.settings import Settings
+from quorate_protocol.errors import CallFailed
+
+log = structlog.get_logger()
+
+#: Seconds between two looks for what is too old.
+PRUNE_INTERVAL_S: Final = 600.0
+
+#: Seconds that the last records may take to become durable when the coordinator ends.
+CLOSE_TIMEOUT_S: Final = 5.0
+
+
+class Recording:
+    """A journal that is open for writing, and what it said at the start."""
+
+    def __init__(self, journal: Journal, reader: JournalReader, recovered: Recovered, first_seq: int) -> None:
+        """See `open`."""
+        self.recovered: Final = recovered
+        self.journal: Final = journal
+        #: Number of the first record of this run.
+        self.first_seq: Final = first_seq
+        self._reader = reader
+        #: Times that something was read that is not as it was written.
+        self.damaged_total = len(recovered.damaged)
+
+    @classmethod
+    def open(
+        cls,
+        settings: Settings,
+        make_learner: Callable[[], Learner],
+        restore_learner: Callable[[bytes], Learner],
+    ) -> Self | None:
+        """Opens the journal that the settings name, and recovers what it holds. Blocks while it reads.
+
+        Returns:
+            None where the settings want no journal.
+
+        Raises:
+            JournalUnusable: it is damaged, of a later version, or another learner's.
+            ConfigurationError: another coordinator uses it, or its directory cannot be written.
+        """
+        if settings.journal.sync == "off":
+            return None
+        began_at = time.monotonic()
+        journal = Journal.open(settings.state_dir / JOURNAL_NAME, sync=settings.journal.sync)
+        first_seq = journal.last_seq + 1
+        reader: JournalReader | None = None
+        try:
+            reader = JournalReader(journal.file)
+            recovered = recover(reader, make_learner, restore_learner, remembered_max=settings.rounds.remembered_max)
+            for opened in recovered.cut_off:
+                journal.append(interrupt(opened, "the coordinator died while it was open"), at=time.time())
+        except BaseException:
+            if reader is not None:
+                reader.close()
+            journal.close(0.0)
+            raise
+        for problem in recovered.damaged:
+            log.error("journal_damaged", problem=problem)
+        log.info(
+            "journal_read",
+            file=str(journal.file),
+            records=journal.last_seq,
+            replayed=recovered.replayed,
+            awaiting_truth=len(recovered.awaiting),
+            interrupted=len(recovered.cut_off),
+            seconds=round(time.monotonic() - began_at, 3),
+        )
+        return cls(journal, reader, recovered, first_seq)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the journal and of its write-ahead log."""
+        files = (self.journal.file, self.journal.file.with_name(self.journal.file.name + "-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    # --- what the gatherer needs ---
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits to be written that nothing more should."""
+        return self.journal.is_full
+
+    def append(self, record: Record, at: float, *, hurried: bool) -> int:
+        """Queues a record, made at `at` (Unix seconds); returns its number."""
+        return self.journal.append(record, at=at, hurried=hurried)
+
+    def append_checkpoint(self, seq: int, snapshot: bytes) -> None:
+        """Queues the learner's state after all records up to `seq`."""
+        self.journal.append_checkpoint(seq, snapshot, at=time.time())
+
+    def find_key(self, key: str) -> RoundClosed | None:
+        """The last round that was closed under a key.
+
+        Raises:
+            CallFailed: the journal cannot be read.
+        """
+        try:
+            known = self._reader.find_key(key)
+        except JournalUnusable as error:
+            self.damaged_total += 1
+            log.error("journal_damaged", problem=str(error))
+            raise CallFailed("not-recorded", f"whether {key!r} was asked before cannot be told: {error}") from error
+        return None if known is None else known.closed
+
+    def has_truth(self, round_id: int) -> bool:
+        """Whether the truth of a round is recorded; False also where the journal cannot be read."""
+        try:
+            known = self._reader.find_round(round_id)
+        except JournalUnusable as error:
+            self.damaged_total += 1
+            log.error("journal_damaged", problem=str(error))
+            return False
+        return known is not None and known.truth is not None
+
+    # --- life ---
+
+    async def prune_for_ever(self, settings: Settings, awaiting: Callable[[], Collection[int]]) -> None:
+        """Takes away what is too old or too much, now and then.
+
+        Args:
+            settings: how much that is.
+            awaiting: tells the rounds whose truth may come: they stay.
+        """
+        while True:
+            await asyncio.sleep(PRUNE_INTERVAL_S)
+            keep = Retention(
+                keep_s=settings.journal.keep_days * 86_400.0,
+                keep_bytes=settings.journal.keep_bytes,
+                rounds=awaiting(),
+            )
+            try:
+                report = await self.journal.prune(keep, now_s=time.time())
+            except JournalUnusable as error:
+                log.error("journal_not_pruned", problem=str(error))
+                continue
+            if report.records:
+                log.info("journal_pruned", records=report.records, rounds=report.rounds, bytes=report.bytes)
+
+    async def flush(self) -> None:
+        """Waits until what was appended is durable, or the time for that is over."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self.journal.flush()
+        except TimeoutError:
+            log.error("journal_not_flushed", records=self.journal.pending_records)
+
+    async def close(self) -> None:
+        """Lets the journal go; what was appended is durable before, or it is logged that it is not."""
+        if not await asyncio.to_thread(self.journal.close, CLOSE_TIMEOUT_S):
+            log.error("journal_not_flushed", records=self.journal.pending_records)
+        self._reader.close()

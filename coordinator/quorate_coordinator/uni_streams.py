@@ -1,0 +1,65 @@
+"""Unidirectional streams of a peer: the first frame says what each is, and somebody serves it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from quorate_protocol.bulk import HEADER_TIMEOUT_S, read_header
+from quorate_protocol.errors import Code, ProtocolError, QuorateError
+from quorate_protocol.messages import Message
+from quorate_protocol.transport import Connection, ReceiveStream
+
+#: Streams of one connection whose first frame has not come.
+_HEADERS_MAX: Final = 64
+
+#: Serves one stream whose first frame has been read, to its end. It raises `ProtocolError` for what the peer broke.
+Serve = Callable[[Message, ReceiveStream], Awaitable[None]]
+
+
+async def serve_uni_streams(connection: Connection, serve: Serve, on_fault: Callable[[ProtocolError], None]) -> str:
+    """Serves each stream in a task of its own, until the connection is over.
+
+    Args:
+        connection: The peer's.
+        serve: Called for each stream.
+        on_fault: Told what the peer broke; its other streams go on.
+
+    Raises:
+        ConnectionClosed: it is over. Streams that were being served have been given up.
+    """
+    tasks: set[asyncio.Task[None]] = set()
+    beginning = 0
+
+    async def begin(stream: ReceiveStream) -> None:
+        nonlocal beginning
+        try:
+            try:
+                async with asyncio.timeout(HEADER_TIMEOUT_S):
+                    header = await read_header(stream)
+            finally:
+                beginning -= 1
+            await serve(header, stream)
+        except ProtocolError as error:
+            stream.stop(error.code)
+            on_fault(error)
+        except (QuorateError, TimeoutError):
+            stream.stop(Code.CANCELLED)
+        except asyncio.CancelledError:
+            stream.stop(Code.CANCELLED)
+            raise
+
+    try:
+        while True:
+            stream = await connection.accept_uni_stream()
+            if beginning >= _HEADERS_MAX:
+                stream.stop(Code.BUSY)
+                continue
+            beginning += 1
+            task = asyncio.create_task(begin(stream), name="uni stream")
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
