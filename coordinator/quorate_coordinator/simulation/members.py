@@ -21,7 +21,7 @@ _LEAVE_TIMEOUT_S: Final = 2.0
 
 #: Leases are looked at this often at the most, in seconds: the shell may be late, and a thousand agents' leases
 #: looked at one by one would be most of a run's work.
-_LEASE_STEP_S: Final = 0.25
+_LEASE_STEP_S: Final = 0.5
 
 
 class Members:
@@ -201,7 +201,7 @@ class Members:
         if link is None:
             return
         if reason.startswith("not heard"):
-            self._auditor.agent_expired(agent, link.heard_by_coordinator(self._world.now), LEASE_S)
+            self._auditor.agent_expired(agent, link.heard_by_coordinator(self._read_until), LEASE_S)
         self._forget(link)
         link.close_down(f"session is over: {reason}")
 
@@ -213,16 +213,22 @@ class Members:
                 self._timer_at = at
                 self._process.at(at, self._on_timer, at)
 
+    @property
+    def _read_until(self) -> float:
+        """Until when the sockets have been read."""
+        read_until = self._process.read_until
+        return self._world.now if read_until is None else read_until
+
     def _on_timer(self, at: float) -> None:
         if at != self._timer_at:
             return  # an earlier one was set since
         self._timer_at = math.inf
-        now = self._world.now
-        heard: dict[str, float] = {}
-        for agent in self.registry.lease_due(now):
-            link = self.links.get(agent)
-            if link is not None:
-                heard[agent] = link.heard_by_coordinator(now)
+        links, read_until = self.links, self._read_until
+        heard = {
+            agent: links[agent].heard_by_coordinator(read_until)
+            for agent in self.registry.lease_due(self._world.now)
+            if agent in links
+        }
         self._handle(ms.LeaseChecked(heard))
 
     # --- the end, and what must hold ---

@@ -302,14 +302,19 @@ class Link:
     # --- pulses ---
 
     def heard_by_coordinator(self, now: float) -> float:
-        """When the coordinator last heard anything."""
-        read_until = self.coordinator.process.read_until
-        if read_until is not None:
-            now = read_until
-        since = self._up_since
+        """When the coordinator last heard anything, of what it had read by `now`."""
+        heard_at, since = self._coordinator_heard_at, self._up_since
         if since is None:
-            return self._coordinator_heard_at
-        return max(self._coordinator_heard_at, self._last_pulse(now, since, self.path.latency_s, 0))
+            return heard_at
+        delay_s = self.path.latency_s
+        if self.path.loss:
+            arrived_at = self._last_pulse(now, since, delay_s, 0)
+        else:
+            # The same, fast: most that is looked at are the leases of idle agents.
+            arrived_at = now - (now - delay_s - self._pulses_from) % self.pulse_s
+            if arrived_at - delay_s < since:
+                return heard_at
+        return arrived_at if arrived_at > heard_at else heard_at  # noqa: FURB136  max() costs as much as all the rest
 
     def heard_by_agent(self, now: float) -> float:
         """When the agent last heard anything: at the least, that its pulses came."""
@@ -335,7 +340,8 @@ class Link:
     def freeze(self) -> None:
         """What was heard by now is settled: something is about to change."""
         now = self.world.now
-        self._coordinator_heard_at = self.heard_by_coordinator(now)
+        read_until = self.coordinator.process.read_until
+        self._coordinator_heard_at = self.heard_by_coordinator(now if read_until is None else read_until)
         self._agent_heard_at = self.heard_by_agent(now)
 
     def update(self) -> None:
