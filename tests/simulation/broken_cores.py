@@ -12,7 +12,7 @@ from quorate_coordinator.registry import Registry
 from quorate_coordinator.rounds.book import RoundBook
 from quorate_coordinator.rounds.events import Event, ReplyReceived
 from quorate_coordinator.rounds.instructions import CloseRound, Instruction, NoteStray
-from quorate_coordinator.simulation.coordinator import Cores
+from quorate_coordinator.simulation.coordinator import LEARNER_CEILINGS, Cores
 from quorate_coordinator.simulation.ledger_model import LedgerModel
 
 
@@ -33,6 +33,16 @@ class ForgetsTheTimer(RoundBook):
 
     def next_timer(self) -> float | None:
         return None if self.held_bytes else super().next_timer()
+
+
+class KeepsTheTimer(RoundBook):
+    """Leaves a closed round's timer running: an exception, later."""
+
+    def _settle(self, round_: Any) -> list[Instruction]:
+        instructions = super()._settle(round_)
+        if round_.is_closed:
+            self._timers.set(round_.id, round_.deadline_at)
+        return instructions
 
 
 class NamesOneTwice(RoundBook):
@@ -74,6 +84,13 @@ class HastyRegistry(Registry):
         return super().handle(event, now)
 
 
+class TakesOverInSilence(Registry):
+    """Does not say that an agent's session is over when the agent comes back in a new one."""
+
+    def _join(self, event: ms.AgentJoined, now: float) -> list[ms.Instruction]:
+        return [one for one in super()._join(event, now) if not isinstance(one, ms.DeclareLost)]
+
+
 class StaysAway(AgentCore):
     """Does not come back when it was refused."""
 
@@ -105,17 +122,21 @@ class NeverTheSame(VoteLearner):
 
 
 def _forgetful(snapshot: bytes | None) -> VoteLearner:
-    return NeverTheSame() if snapshot is None else NeverTheSame.restore(snapshot)
+    if snapshot is None:
+        return NeverTheSame(**LEARNER_CEILINGS)
+    return NeverTheSame.restore(snapshot, **LEARNER_CEILINGS)
 
 
 #: Name, the cores, and the invariants that may be the first to be violated.
 BROKEN: dict[str, tuple[Cores, set[str]]] = {
     "a reply counts twice": (Cores(book=CountsTwice), {"quorum is never claimed falsely", "complete means everybody"}),
     "no timer": (Cores(book=ForgetsTheTimer), {"rounds end by their deadline"}),
+    "a timer too many": (Cores(book=KeepsTheTimer), {"nothing raises (KeyError in _close_due)"}),
     "an agent with two results": (Cores(book=NamesOneTwice), {"one status for each selected agent"}),
     "announced early": (Cores(ledger=AnnouncesEarly), {"announced is durable"}),
     "forgets who was suspect": (Cores(registry=Forgets), {"members can be asked"}),
     "declares the living lost": (Cores(registry=HastyRegistry), {"who was heard is not lost"}),
+    "a takeover in silence": (Cores(registry=TakesOverInSilence), {"a session ends before the next begins"}),
     "an agent stays away": (Cores(agent=StaysAway), {"agents come back", "all comes to rest"}),
     "an assignment runs twice": (
         Cores(agent=RunsTwice),

@@ -159,6 +159,8 @@ class AgentProcess:
         self._ended = ""
         #: Handlers that run.
         self._running: set[int] = set()
+        #: Rounds that do not want a reply of this process any more.
+        self._cancelled: set[int] = set()
         self._is_drain_timed = False
         self._hello = Hello(
             id=self.name,
@@ -246,6 +248,7 @@ class AgentProcess:
             case Feedback():
                 self._apply(ev.FeedbackReceived(message.round, message.task, message.truth))
             case Cancellation():
+                self._cancelled.add(message.round)
                 self._apply(ev.CancellationReceived(message.round))
             case Welcome():
                 self._welcomed_at = self.host.world.now
@@ -333,6 +336,9 @@ class AgentProcess:
             compute_s=reply.compute_s,
             waited_s=reply.waited_s,
         )
+        if reply.round in self._cancelled:
+            problem = f"{self.name} answers round {reply.round}, which it was told to stop"
+            self.host.auditor.fail("who is told to stop does", problem, agent=self.name, round=reply.round)
         self.host.auditor.reply_made(self.name, reply.round, reply.attempt, reply.status, reply.body)
         if self.link is not None:
             self.link.send_up("coordination", message)

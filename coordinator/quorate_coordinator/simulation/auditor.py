@@ -81,6 +81,13 @@ class Auditor:
         self._open: dict[int, OpenedFacts] = {}
         #: (deadline, round).
         self._deadlines: list[tuple[float, int]] = []
+        #: By round in flight: what ended an agent's part, an answer or its loss, whichever the coordinator heard of
+        #: first, and when.
+        self._parts: dict[int, dict[str, tuple[str, float]]] = {}
+        #: (round, agent) of answers that were offered as late.
+        self._late: set[tuple[int, str]] = set()
+        #: By agent: its session, as long as it is not over.
+        self._sessions: dict[str, str] = {}
         self._last_round = 0
         #: What each agent really answered, by round: (attempt, status, body).
         self._replies: dict[int, dict[str, list[tuple[int, str, bytes | None]]]] = {}
@@ -118,6 +125,7 @@ class Auditor:
             self.fail("round numbers are used once", f"round {facts.round} was opened again", round=facts.round)
         self._last_round = facts.round
         self._open[facts.round] = facts
+        self._parts[facts.round] = {}
         heapq.heappush(self._deadlines, (facts.opened_at + facts.deadline_s, facts.round))
 
     def round_closed(self, facts: ClosedFacts) -> None:
@@ -137,6 +145,7 @@ class Auditor:
         replied = [agent for agent, status, _ in facts.results if status == "replied"]
         self._check_quorum(opened, facts, len(replied))
         self._check_replies(facts)
+        self._check_parts(opened, facts)
         self.rounds[facts.state] += 1
         self.statuses.update(status for _, status, _ in facts.results)
 
@@ -168,6 +177,59 @@ class Auditor:
                 else:
                     message = f"round {facts.round} has {agent} as {status}, and it said {said.get(agent)}"
                     self.fail("a reply is its agent's own", message, agent=agent, round=facts.round)
+
+    def _check_parts(self, opened: OpenedFacts, facts: ClosedFacts) -> None:
+        """Whoever was lost before it answered is lost, and nobody else; who was at work was not done."""
+        heard = self._parts.pop(facts.round)
+        at_deadline = self._world.now >= opened.opened_at + opened.deadline_s
+        for agent, status, _ in facts.results:
+            first, first_at = heard.get(agent, ("nothing", self._world.now))
+            # What comes in the very moment of the end may come after it: a coordinator that stood still finds that
+            # grace was over long ago.
+            if (status == "lost") != (first == "lost") and (status == "lost" or first_at < self._world.now):
+                message = f"round {facts.round} has {agent} as {status}, and what came of it first was {first}"
+                self.fail("lost means lost", message, agent=agent, round=facts.round)
+            if status in ("late", "cancelled") and first_at < self._world.now:
+                message = f"round {facts.round} has {agent} as {status}, and it was {first} before"
+                self.fail("an answer in time counts", message, agent=agent, round=facts.round)
+            if status == "late" and not at_deadline:
+                message = f"round {facts.round} has {agent} as late, {facts.duration_s:.3f} s after its opening"
+                self.fail("late means after the deadline", message, agent=agent, round=facts.round)
+
+    def reply_received(self, agent: str, round_id: int) -> None:
+        """The coordinator has an agent's answer, and has not looked at it."""
+        opened = self._open.get(round_id)
+        if opened is not None and self._world.now < opened.opened_at + opened.deadline_s:
+            self._parts[round_id].setdefault(agent, ("answered", self._world.now))
+
+    def late_offered(self, agent: str, round_id: int) -> None:
+        """An answer is offered to whoever learns from late ones."""
+        now = self._world.now
+        if (round_id, agent) in self._late:
+            message = f"the late answer of {agent} in round {round_id} was offered again"
+            self.fail("a late reply is offered once", message, agent=agent, round=round_id)
+        first, first_at = self._parts.get(round_id, {}).get(agent, ("nothing", now))
+        if first == "answered" and first_at < now:
+            message = f"an answer of {agent} in round {round_id} was offered as late, and one had come in time"
+            self.fail("a late reply is offered once", message, agent=agent, round=round_id)
+        self._late.add((round_id, agent))
+
+    def session_began(self, agent: str, session: str) -> None:
+        """An agent was let in."""
+        old = self._sessions.get(agent)
+        if old is not None:
+            message = f"{agent} begins session {session}, and nobody was told that {old} is over"
+            self.fail("a session ends before the next begins", message, agent=agent)
+        self._sessions[agent] = session
+
+    def session_over(self, agent: str, session: str) -> None:
+        """A session is over, and the rounds are about to be told."""
+        if self._sessions.pop(agent, None) != session:
+            message = f"session {session} of {agent} is over, and was not its session"
+            self.fail("a session ends before the next begins", message, agent=agent)
+        for number, opened in self._open.items():
+            if agent in opened.selected and self._world.now < opened.opened_at + opened.deadline_s:
+                self._parts[number].setdefault(agent, ("lost", self._world.now))
 
     def check(self) -> None:
         """After every event: no round in flight is past its deadline."""
@@ -257,6 +319,8 @@ class Auditor:
     def coordinator_died(self) -> None:
         """What was in flight is gone with it, and so is what it had learned and not made durable."""
         self._open.clear()
+        self._parts.clear()
+        self._sessions.clear()
         self._deadlines.clear()
         self.resumed()
         self._learned = {number for number in self._learned if number in self._truths}

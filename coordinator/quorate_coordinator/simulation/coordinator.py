@@ -26,9 +26,16 @@ _DRAIN_S: Final = 15.0
 _GOODBYE_S: Final = 1.0
 
 
+#: Ceilings of the learner, low enough that it forgets all the time: what it forgets depends on the order of last use,
+#: which has to survive a restart as well.
+LEARNER_CEILINGS: Final = {"agents_max": 16, "pairs_max": 40}
+
+
 def make_learner(snapshot: bytes | None) -> VoteLearner:
     """The learner that ships."""
-    return VoteLearner() if snapshot is None else VoteLearner.restore(snapshot)
+    if snapshot is None:
+        return VoteLearner(**LEARNER_CEILINGS)
+    return VoteLearner.restore(snapshot, **LEARNER_CEILINGS)
 
 
 @dataclass(frozen=True, slots=True)

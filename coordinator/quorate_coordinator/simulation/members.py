@@ -174,6 +174,7 @@ class Members:
     def _carry_out(self, instruction: ms.Instruction) -> None:
         match instruction:
             case ms.AdmitAgent(agent, session):
+                self._auditor.session_began(agent, session)
                 self.links[agent] = self._sessions[session]
                 self._world.note(f"{agent} joins as {session}")
             case ms.RefuseAgent():
@@ -189,10 +190,12 @@ class Members:
                 self._world.note(f"{agent} returned")
             case ms.DeclareLost(agent, session, reason):
                 self._world.note(f"{agent} is lost: {reason}")
+                self._auditor.session_over(agent, session)
                 self._part(agent, session, reason)
                 self._on_lost(agent, reason)
             case ms.DeclareLeft(agent, session, reason):
                 self._world.note(f"{agent} left: {reason}")
+                self._auditor.session_over(agent, session)
                 self._part(agent, session, reason)
                 self._on_lost(agent, "left")
 

@@ -175,6 +175,7 @@ class Rounds:
     def reply_received(self, agent: str, reply: Reply) -> None:
         """An agent's reply came in."""
         self._world.note(f"{agent} r{reply.round} {reply.status} attempt {reply.attempt}")
+        self._auditor.reply_received(agent, reply.round)
         self._handle(
             rd.ReplyReceived(
                 round=reply.round,
@@ -239,7 +240,9 @@ class Rounds:
             case ri.AnnounceDrained():
                 self._auditor.check_in_flight(0)
                 self._on_drained()
-            case ri.OfferLateReply() | ri.NoteForgotten():
+            case ri.OfferLateReply():
+                self._auditor.late_offered(instruction.agent, instruction.round)
+            case ri.NoteForgotten():
                 pass
 
     def _open(self, opening: ri.BroadcastAssignment) -> None:

@@ -2,9 +2,11 @@
 
 import gc
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from quorate_coordinator.simulation.agents import AgentHost
@@ -136,6 +138,8 @@ class Simulation:
         except InvariantViolated as violated:
             lines = self.world.trace(*violated.words, lines_max=_TRACE_LINES)
             report.violation = Violation(violated.invariant, violated.message, violated.at_s - START_S, tuple(lines))
+        except Exception as error:  # noqa: BLE001  whatever a core raises is a finding, and is shortened as one
+            report.violation = self._raised(error)
         finally:
             if had_gc:
                 gc.enable()
@@ -147,6 +151,16 @@ class Simulation:
         report.strays = self.coordinator.strays
         report.handlers, report.announcements = self.auditor.handlers, self.auditor.announcements
         return report
+
+    def _raised(self, error: Exception) -> Violation:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        kind = type(error).__name__
+        return Violation(
+            f"nothing raises ({kind} in {place.name})",
+            f"{kind}: {error} ({Path(place.filename).name}, line {place.lineno})",
+            self.world.now - START_S,
+            tuple(self.world.trace(lines_max=_TRACE_LINES)),
+        )
 
     def _play(self, progress: Callable[[float], None]) -> None:
         world = self.world
