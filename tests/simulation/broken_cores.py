@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from quorate_coordinator.simulation.ledger_model import LedgerModel
+
 from quorate_agent import events as ev
 from quorate_agent.core import AgentCore
 from quorate_coordinator import membership as ms
@@ -13,7 +15,6 @@ from quorate_coordinator.rounds.book import RoundBook
 from quorate_coordinator.rounds.events import Event, ReplyReceived
 from quorate_coordinator.rounds.instructions import CloseRound, Instruction, NoteStray
 from quorate_coordinator.simulation.coordinator import LEARNER_CEILINGS, Cores
-from quorate_coordinator.simulation.ledger_model import LedgerModel
 
 
 class CountsTwice(RoundBook):

@@ -8,7 +8,8 @@ from typing import Any, Final
 from quorate_agent import events as ev
 from quorate_agent.backlog import BacklogLimits
 from quorate_agent.backoff import Backoff
-from quorate_agent.core import AgentCore, State
+from quorate_agent.core import AgentCore
+from quorate_agent.states import State
 from quorate_coordinator.simulation.auditor import Auditor
 from quorate_coordinator.simulation.draws import Draws, fate_of, mix
 from quorate_coordinator.simulation.network import Link, Path, Sent, StreamEnded, StreamName
@@ -25,6 +26,7 @@ from quorate_protocol.messages import (
     Hello,
     Refusal,
     Reply,
+    Resume,
     Welcome,
 )
 
@@ -32,6 +34,9 @@ MakeAgentCore = Callable[..., AgentCore]
 
 #: As in the shell (`worker`, `session`): seconds for a handshake, from there to the welcome, and to leave.
 CONNECT_TIMEOUT_S: Final = 10.0
+RESUME_TIMEOUT_S: Final = 2.0
+#: What a pause may be of a lease that runs.
+RESUME_PAUSE_SHARE: Final = 1 / 8
 _JOIN_TIMEOUT_S: Final = 10.0
 _LEAVE_TIMEOUT_S: Final = 2.0
 
@@ -44,7 +49,7 @@ _CANCEL_S: Final = 0.005
 #: A few small backlogs among the fleet, so that they are full at times.
 _SMALL_BACKLOG: Final = BacklogLimits(assignments_max=4, feedback_max=8, remembered_max=16)
 
-Connect = Callable[["AgentProcess", Callable[[Link | None, str], None]], None]
+Connect = Callable[["AgentProcess", float, Callable[[Link | None, str], None]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +166,8 @@ class AgentProcess:
         self._running: set[int] = set()
         #: Rounds that do not want a reply of this process any more.
         self._cancelled: set[int] = set()
+        #: Rounds and attempts that it has answered.
+        self._made: set[tuple[int, int]] = set()
         self._is_drain_timed = False
         self._hello = Hello(
             id=self.name,
@@ -169,6 +176,11 @@ class AgentProcess:
             tasks=list(host.nature.tasks),
             software="quorate-agent/simulated",
         )
+        #: Until when the session that has lost its link may be resumed, at the coordinator's latest.
+        self._lease_s = 0.0
+        self._lease_ends_at = 0.0
+        #: Replies sent over the present link.
+        self._sent = 0
 
     @property
     def is_idle(self) -> bool:
@@ -196,16 +208,18 @@ class AgentProcess:
     # --- connecting ---
 
     def _connect(self) -> None:
-        if self.core.state is State.CONNECTING and self.link is None:
-            self.host.connect(self, self._connected)
+        if self.core.wants_link and self.link is None:
+            timeout_s = RESUME_TIMEOUT_S if self._is_awaited else CONNECT_TIMEOUT_S
+            self.host.connect(self, timeout_s, self._connected)
 
     def _connected(self, link: Link | None, problem: str) -> None:
         if link is None:
             self._apply(ev.ConnectFailed(problem))
-        elif self.core.state is not State.CONNECTING or self.link is not None:
-            link.close_up("the agent ends")
+        elif not self.core.wants_link or self.link is not None:
+            link.close_up("the agent ends", is_final=True)
         else:
             self.link = link
+            self._sent = 0
             self._welcomed_at = None
             self._apply(ev.LinkUp())
             self.process.after(_JOIN_TIMEOUT_S, self._join_timed_out, link)
@@ -214,23 +228,32 @@ class AgentProcess:
         if self.link is link and self._welcomed_at is None:
             self.link_closed(link, "the coordinator did not answer the hello", False)
 
-    def link_closed(self, link: Link, reason: str, replaced: bool) -> None:
-        """The link is over."""
+    def link_closed(self, link: Link, reason: str, replaced: bool, is_over: bool = False) -> None:
+        """The link is over, and with `is_over` its session is."""
         link.close_up(reason)
         if link is self._leaving:
             self._left(link)
         elif link is self.link:
             self.link = None
             self.host.world.note(f"{self.name} link down: {reason}")
-            self._apply(ev.LinkDown(reason, replaced=replaced))
+            self._apply(ev.LinkDown(reason, replaced=replaced, is_over=is_over))
 
     def _pause(self) -> None:
         began_at, self._welcomed_at = self._welcomed_at, None
+        now = self.host.world.now
         if began_at is None:
             delay_s = self._backoff.fail()
         else:
-            delay_s = self._backoff.end_session(self.host.world.now - began_at)
+            self._lease_ends_at = now + self._lease_s
+            delay_s = self._backoff.end_session(now - began_at, at_once=self.core.is_suspended)
+        if self._is_awaited:
+            delay_s = min(delay_s, self._lease_s * RESUME_PAUSE_SHARE)
         self.process.after(delay_s, self._connect)
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether there is a session that may still be resumed."""
+        return self.core.is_suspended and self.host.world.now < self._lease_ends_at
 
     # --- messages ---
 
@@ -252,14 +275,15 @@ class AgentProcess:
                 self._apply(ev.CancellationReceived(message.round))
             case Welcome():
                 self._welcomed_at = self.host.world.now
-                link.joined(message.pulse_s, message.lease_s)
-                self._apply(ev.WelcomeReceived(message.session))
+                self._lease_s = message.lease_s
+                link.joined(message.pulse_s, max(message.lease_s / 2, min(message.lease_s, 2 * message.pulse_s)))
+                self._apply(ev.WelcomeReceived(message.session, message.resumed, message.received, message.secret))
             case Refusal():
                 self._apply(ev.RefusalReceived(message.reason, message.message, message.retry))
             case Drain():
-                self._apply(ev.DrainReceived(message.reason))
+                self._apply(ev.DrainReceived(message.reason, message.stop))
             case Goodbye():
-                self.link_closed(link, f"the coordinator said goodbye: {message.reason}", False)
+                self.link_closed(link, f"the coordinator said goodbye: {message.reason}", False, is_over=True)
             case _:
                 raise AssertionError(f"{self.name} got {message}")
 
@@ -314,14 +338,17 @@ class AgentProcess:
         if link is None:
             return
         match instruction:
-            case ev.SendHello():
-                link.send_up("control", self._hello)
+            case ev.SendHello(resume):
+                again = None
+                if resume is not None:
+                    again = Resume(session=resume.session, secret=resume.secret, received=resume.received)
+                link.send_up("control", self._hello.model_copy(update={"resume": again}))
             case ev.OpenCoordination(session):
                 link.send_up("coordination", CoordinationOpened(session=session))
             case ev.SendDrain(reason):
                 link.send_up("control", Drain(reason=reason))
             case ev.CloseLink():
-                link.close_up("nothing of worth is on it")
+                link.close_up("nothing of worth is on it", is_final=True)
                 self.link = None
             case _:
                 raise AssertionError(f"the agent's core says {instruction}")
@@ -336,12 +363,25 @@ class AgentProcess:
             compute_s=reply.compute_s,
             waited_s=reply.waited_s,
         )
-        if reply.round in self._cancelled:
+        is_new = (reply.round, reply.attempt) not in self._made
+        self._made.add((reply.round, reply.attempt))
+        if is_new and reply.round in self._cancelled:
             problem = f"{self.name} answers round {reply.round}, which it was told to stop"
             self.host.auditor.fail("who is told to stop does", problem, agent=self.name, round=reply.round)
         self.host.auditor.reply_made(self.name, reply.round, reply.attempt, reply.status, reply.body)
-        if self.link is not None:
-            self.link.send_up("coordination", message)
+        link = self.link
+        if link is None:
+            return
+        arrives_at = link.send_up("coordination", message)
+        self._sent += 1
+        if arrives_at is not None:
+            self.process.at(arrives_at + link.path.latency_s, self._acknowledged, link, self._sent)
+
+    def _acknowledged(self, link: Link, sent: int) -> None:
+        """The coordinator's transport has so many replies of a link. The shell looks at each pulse."""
+        is_read = link.coordinator_is_open and link.coordinator.process.is_running
+        if link is self.link and sent == self._sent and is_read and not link.path.cuts_up:
+            self._apply(ev.RepliesDelivered())
 
     def _reconnect(self, reason: str) -> None:
         if self._leaving is not None:
@@ -372,7 +412,7 @@ class AgentProcess:
         if self._leaving is not link:
             return
         self._leaving = None
-        link.close_up("left")
+        link.close_up("left", is_final=True)
         if self._ended:
             self._exit()
         else:
@@ -381,7 +421,7 @@ class AgentProcess:
     def _exit(self) -> None:
         self._is_ending = True
         if self.link is not None:
-            self.link.close_up("the agent ends")
+            self.link.close_up("the agent ends", is_final=True)
         self.process.die()
         self.host.ended(self._ended, restart_s=self.host.random.uniform(0.5, 5.0))
 

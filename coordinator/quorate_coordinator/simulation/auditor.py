@@ -7,7 +7,7 @@ everything is looked at every so often (`run`) and at the end.
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -48,6 +48,8 @@ class OpenedFacts:
     #: As the call or the settings said.
     quorum: int | None
     quorum_fraction: float | None
+    #: How often one agent may be asked.
+    attempts: int = 1
 
     @property
     def needed(self) -> int:
@@ -84,6 +86,8 @@ class Auditor:
         #: By round in flight: what ended an agent's part, an answer or its loss, whichever the coordinator heard of
         #: first, and when.
         self._parts: dict[int, dict[str, tuple[str, float]]] = {}
+        #: By round in flight: who was given the assignment.
+        self._assigned: dict[int, set[str]] = {}
         #: (round, agent) of answers that were offered as late.
         self._late: set[tuple[int, str]] = set()
         #: By agent: its session, as long as it is not over.
@@ -181,8 +185,19 @@ class Auditor:
     def _check_parts(self, opened: OpenedFacts, facts: ClosedFacts) -> None:
         """Whoever was lost before it answered is lost, and nobody else; who was at work was not done."""
         heard = self._parts.pop(facts.round)
+        assigned = self._assigned.pop(facts.round, set())
+        for agent, status, _ in facts.results:
+            if (status == "unavailable") != (agent not in assigned):
+                message = (
+                    f"round {facts.round} has {agent} as {status}, and it was{' not' * (agent not in assigned)} asked"
+                )
+                self.fail("unavailable means never asked", message, agent=agent, round=facts.round)
+        if opened.attempts > 1:
+            return  # what came first is not what counts
         at_deadline = self._world.now >= opened.opened_at + opened.deadline_s
         for agent, status, _ in facts.results:
+            if status == "unavailable":
+                continue
             first, first_at = heard.get(agent, ("nothing", self._world.now))
             # What comes in the very moment of the end may come after it: a coordinator that stood still finds that
             # grace was over long ago.
@@ -209,7 +224,8 @@ class Auditor:
             message = f"the late answer of {agent} in round {round_id} was offered again"
             self.fail("a late reply is offered once", message, agent=agent, round=round_id)
         first, first_at = self._parts.get(round_id, {}).get(agent, ("nothing", now))
-        if first == "answered" and first_at < now:
+        opened = self._open.get(round_id)
+        if first == "answered" and first_at < now and (opened is None or opened.attempts == 1):
             message = f"an answer of {agent} in round {round_id} was offered as late, and one had come in time"
             self.fail("a late reply is offered once", message, agent=agent, round=round_id)
         self._late.add((round_id, agent))
@@ -249,6 +265,20 @@ class Auditor:
         """The book has as many rounds in flight as were opened and not closed."""
         if count != len(self._open):
             self.fail("every round is in the book", f"{count} are in flight, and {sorted(self._open)} were opened")
+
+    def assigned(self, round_id: int, agents: Iterable[str], attempt: int) -> None:
+        """The assignment goes to these agents."""
+        opened = self._open.get(round_id)
+        if opened is None:
+            self.fail("only open rounds ask", f"round {round_id} is not open, and asks", round=round_id)
+        if not 1 <= attempt <= opened.attempts:
+            message = f"round {round_id} asks a {attempt}th time, and may ask {opened.attempts} times"
+            self.fail("attempts are bounded", message, round=round_id)
+        for agent in agents:
+            if agent not in opened.selected:
+                message = f"round {round_id} asks {agent}, which was not selected"
+                self.fail("only the selected are asked", message, agent=agent, round=round_id)
+            self._assigned.setdefault(round_id, set()).add(agent)
 
     # --- agents ---
 
@@ -320,6 +350,7 @@ class Auditor:
         """What was in flight is gone with it, and so is what it had learned and not made durable."""
         self._open.clear()
         self._parts.clear()
+        self._assigned.clear()
         self._sessions.clear()
         self._deadlines.clear()
         self.resumed()
@@ -330,17 +361,17 @@ class Auditor:
                 message = f"round {round_id}, announced to {key}, did not survive the crash"
                 self.fail("announced is durable", message, round=round_id)
 
-    def restarted(self, learner: bytes, replayed: bytes, find: "dict[str, int]") -> None:
+    def restarted(self, learner: bytes, replayed: bytes, find: Callable[[str], int | None]) -> None:
         """A new process has replayed its disk.
 
         Args:
             learner: Its learner's snapshot.
             replayed: That of a learner that has lived through all durable records.
-            find: By key: the rounds that it knows.
+            find: By key, the round that it knows.
         """
         self.check_learner(learner, replayed)
         for key, (round_id, _, _) in self._seen.items():
-            if find.get(key) != round_id:
+            if find(key) != round_id:
                 message = f"round {round_id}, announced to {key}, is not found after the restart"
                 self.fail("announced stays found", message, round=round_id)
 

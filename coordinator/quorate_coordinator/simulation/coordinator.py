@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from quorate_agent.core import AgentCore
+from quorate_coordinator.journal.records import RoundClosed, TruthTold
 from quorate_coordinator.learner.vote import VoteLearner
+from quorate_coordinator.ledger import Ledger
 from quorate_coordinator.registry import Registry
 from quorate_coordinator.rounds.book import RoundBook
-from quorate_coordinator.simulation.agents import CONNECT_TIMEOUT_S, AgentProcess, MakeAgentCore
+from quorate_coordinator.simulation.agents import AgentProcess, MakeAgentCore
 from quorate_coordinator.simulation.auditor import Auditor
 from quorate_coordinator.simulation.disk import SimDisk
 from quorate_coordinator.simulation.draws import Draws
-from quorate_coordinator.simulation.ledger_model import ClosedRecord, LedgerModel, apply_record
 from quorate_coordinator.simulation.members import LEASE_S, MakeRegistry, Members
 from quorate_coordinator.simulation.network import Link, Sent, StreamName
 from quorate_coordinator.simulation.process import Process
@@ -46,7 +47,7 @@ class Cores:
     registry: MakeRegistry = Registry
     agent: MakeAgentCore = AgentCore
     learner: MakeLearner = make_learner
-    ledger: MakeLedger = LedgerModel
+    ledger: MakeLedger = Ledger
 
 
 class CoordinatorProcess:
@@ -70,21 +71,23 @@ class CoordinatorProcess:
             host.auditor,
             name=f"s{number}",
             on_reply=self.rounds.reply_received,
+            on_reachable=self.rounds.agent_reachable,
             on_lost=self.rounds.agent_lost,
         )
         self.rounds.fleet = self.members
+        self.rounds.recover()
         self.is_draining = False
 
     def receive(self, link: Link, stream: StreamName, message: Sent) -> None:
         """What an agent says."""
-        if isinstance(message, Hello) and self.is_draining:
+        if isinstance(message, Hello) and self.is_draining and not self.members.can_resume(message):
             self.members.refuse(link, "draining")
         else:
             self.members.receive(link, stream, message)
 
-    def link_closed(self, link: Link, reason: str) -> None:
+    def link_closed(self, link: Link, reason: str, is_final: bool) -> None:
         """The agent closed the link."""
-        self.members.link_closed(link, reason)
+        self.members.link_closed(link, reason, is_final)
 
     def drain(self) -> None:
         """SIGTERM."""
@@ -116,9 +119,9 @@ class CoordinatorHost:
         self._strays: Counter[str] = Counter()
         self._downs = 0
         #: A learner that has lived through the durable records, and nothing else: what each process's must equal.
-        self._shadow = make_learner(None)
+        self._shadow = Ledger(make_learner(None))
         self._shadow_count = 0
-        self._shadow_closed: dict[int, ClosedRecord] = {}
+        self._shadow_closed: dict[int, RoundClosed] = {}
         #: Operators that wait for it to be there, or mind that it is gone.
         self.on_died: list[Callable[[], None]] = []
 
@@ -129,20 +132,20 @@ class CoordinatorHost:
         self._starts += 1
         self.current = CoordinatorProcess(self, self._starts)
         self.world.note(f"coordinator starts, {self.disk.durable} records durable")
-        ledger = self.current.rounds.ledger
-        found = {
-            record.key: record.outcome.round
-            for record in self.disk.records
-            if isinstance(record, ClosedRecord) and ledger.find(record.key) is not None
-        }
-        self.auditor.restarted(ledger.learner.snapshot(), self.replay(), found)
+        rounds = self.current.rounds
+        self.auditor.restarted(rounds.ledger.learner.snapshot(), self.replay(), rounds.find_round)
 
     def replay(self) -> bytes:
         """The snapshot of a learner that has lived through the durable records."""
         for record in self.disk.records[self._shadow_count : self.disk.durable]:
-            apply_record(self._shadow, record, self._shadow_closed)
+            if isinstance(record, RoundClosed):
+                self._shadow_closed[record.round] = record
+            if isinstance(record, TruthTold):
+                self._shadow.replay_truth(self._shadow_closed[record.round], record)
+            else:
+                self._shadow.replay(record)
         self._shadow_count = self.disk.durable
-        return self._shadow.snapshot()
+        return self._shadow.learner.snapshot()
 
     def check_learner(self) -> None:
         """Where nothing waits for the disk, the learner is a replay."""
@@ -213,7 +216,7 @@ class CoordinatorHost:
 
     # --- being connected to ---
 
-    def connect(self, agent: AgentProcess, answer: Callable[[Link | None, str], None]) -> None:
+    def connect(self, agent: AgentProcess, timeout_s: float, answer: Callable[[Link | None, str], None]) -> None:
         """A handshake. Calls `answer` in the agent's process."""
         path, target = agent.host.path, self.current
         if target is None:
@@ -221,16 +224,20 @@ class CoordinatorHost:
             return
         draw = Draws(path.random.getrandbits(64))
         delay_s = path.draw_delay_s(draw) + path.draw_delay_s(draw)
-        if path.cuts_up or path.cuts_down or target.process.is_suspended or delay_s > CONNECT_TIMEOUT_S:
-            self.world.after(CONNECT_TIMEOUT_S, agent.process.call, answer, None, "handshake timed out")
+        if path.cuts_up or path.cuts_down or target.process.is_suspended or delay_s > timeout_s:
+            self.world.after(timeout_s, agent.process.call, answer, None, "handshake timed out")
             return
-        self.world.after(delay_s, self._shake_hands, agent, target, answer)
+        self.world.after(delay_s, self._shake_hands, agent, target, timeout_s, answer)
 
     def _shake_hands(
-        self, agent: AgentProcess, target: CoordinatorProcess, answer: Callable[[Link | None, str], None]
+        self,
+        agent: AgentProcess,
+        target: CoordinatorProcess,
+        timeout_s: float,
+        answer: Callable[[Link | None, str], None],
     ) -> None:
         if target is not self.current or target.process.is_suspended:
-            self.world.after(CONNECT_TIMEOUT_S, agent.process.call, answer, None, "handshake timed out")
+            self.world.after(timeout_s, agent.process.call, answer, None, "handshake timed out")
         elif agent.process.is_alive:
             link = Link(agent.host.path, agent, target)
             link.update()

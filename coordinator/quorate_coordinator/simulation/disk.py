@@ -30,22 +30,35 @@ class SimDisk:
         self.free_round = 1
         #: The newest checkpoint: how many records it covers, and the learner's snapshot.
         self.checkpoint: tuple[int, bytes] | None = None
+        self._checkpoints: list[tuple[int, bytes]] = []
         self._is_committing = False
         #: Which process has the disk: a commit of an earlier one comes to nothing.
         self._process = 0
-        #: Told when more is durable. One process at a time.
+        #: Told when more is durable, that nothing can be, and that it can again. One process at a time.
         self._on_durable: Callable[[int], None] = lambda durable: None
+        self._on_failed: Callable[[str], None] = lambda problem: None
+        self._on_recovered: Callable[[], None] = lambda: None
+        self._has_failed = False
 
     @property
     def is_full(self) -> bool:
         """Whether a commit would fail now."""
         return self.full > 0
 
-    def open(self, on_durable: Callable[[int], None]) -> None:
+    def open(
+        self,
+        on_durable: Callable[[int], None],
+        on_failed: Callable[[str], None] = lambda problem: None,
+        on_recovered: Callable[[], None] = lambda: None,
+    ) -> None:
         """A process has the disk from now on."""
         self._process += 1
-        self._is_committing = False
-        self._on_durable = on_durable
+        self._is_committing = self._has_failed = False
+        self._on_durable, self._on_failed, self._on_recovered = on_durable, on_failed, on_recovered
+
+    def append_checkpoint(self, covered: int, snapshot: bytes) -> None:
+        """A snapshot that covers so many records; it becomes durable with them."""
+        self._checkpoints.append((covered, snapshot))
 
     def append(self, record: Any) -> int:
         """Adds a record; returns its number. It becomes durable with all before it, in a group."""
@@ -65,6 +78,7 @@ class SimDisk:
         torn = survived < waiting and self._random.random() < 0.5
         self.durable += survived
         del self.records[self.durable :]
+        self._checkpoints.clear()
         if waiting:
             self._world.note(f"disk crash: {survived} of {waiting} waiting records survive{', one torn' * torn}")
 
@@ -78,8 +92,17 @@ class SimDisk:
             return  # it is gone
         if self.is_full:
             self._world.after(_RETRY_S, self._commit, process)
+            if not self._has_failed:
+                self._has_failed = True
+                self._on_failed("the disk is full")
             return
         # A commit takes what had come when it began; the delay before it is the wait for a group.
         self.durable = len(self.records)
         self._is_committing = False
+        for checkpoint in self._checkpoints:
+            self.checkpoint = checkpoint
+        self._checkpoints.clear()
+        if self._has_failed:
+            self._has_failed = False
+            self._on_recovered()
         self._on_durable(self.durable)

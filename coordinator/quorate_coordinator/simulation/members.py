@@ -2,16 +2,34 @@
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Final
 
 from quorate_coordinator import membership as ms
+from quorate_coordinator.links import FrameLog
 from quorate_coordinator.registry import Registry
 from quorate_coordinator.simulation.auditor import Auditor
 from quorate_coordinator.simulation.network import Link, Sent, StreamEnded, StreamName
 from quorate_coordinator.simulation.process import Process
-from quorate_protocol.messages import CoordinationOpened, Drain, Goodbye, Hello, Message, Refusal, Reply, Welcome
+from quorate_protocol.messages import (
+    Assignment,
+    CoordinationOpened,
+    Drain,
+    Goodbye,
+    Hello,
+    Message,
+    Refusal,
+    Reply,
+    Welcome,
+)
 
 MakeRegistry = Callable[..., Registry]
+
+_FRAME: Final = bytes(32)
+
+#: Few enough that a long break loses some at times.
+_LOG_FRAMES_MAX: Final = 32
+_LOG_BYTES_MAX: Final = 4096
 
 #: As in the settings and the shell.
 PULSE_S: Final = 2.0
@@ -22,6 +40,32 @@ _LEAVE_TIMEOUT_S: Final = 2.0
 #: Leases are looked at this often at the most, in seconds: the shell may be late, and a thousand agents' leases
 #: looked at one by one would be most of a run's work.
 _LEASE_STEP_S: Final = 0.5
+
+
+class Frame(bytes):
+    """A message as the log of frames keeps it."""
+
+    message: Message
+
+    @classmethod
+    def of(cls, message: Message) -> "Frame":
+        """One whose size is that of a small frame."""
+        frame = cls(_FRAME)
+        frame.message = message
+        return frame
+
+
+@dataclass(slots=True)
+class Session:
+    """What is kept of an agent's session, with a link or without."""
+
+    agent: str
+    name: str
+    secret: str
+    link: Link | None
+    log: FrameLog = field(default_factory=lambda: FrameLog(_LOG_FRAMES_MAX, _LOG_BYTES_MAX))
+    #: Replies that came, over all links.
+    received: int = 0
 
 
 class Members:
@@ -35,6 +79,7 @@ class Members:
         *,
         name: str,
         on_reply: Callable[[str, Reply], None],
+        on_reachable: Callable[[str], None],
         on_lost: Callable[[str, str], None],
     ) -> None:
         self.registry: Final = registry
@@ -43,13 +88,16 @@ class Members:
         self._auditor = auditor
         self._name = name
         self._on_reply = on_reply
+        self._on_reachable = on_reachable
         self._on_lost = on_lost
         #: All that are open, those without a session too.
         self._open: dict[Link, None] = {}
-        self._sessions: dict[str, Link] = {}
-        #: By agent: the current one.
+        #: By agent: those who have a session; and the links of those who have one.
+        self._members: dict[str, Session] = {}
         self.links: dict[str, Link] = {}
-        self._refused: set[str] = set()
+        #: While the registry decides over a hello: its link and the secret of a new session.
+        self._joining: tuple[Link, str] | None = None
+        self._is_refused = False
         self._count = 0
         self._timer_at = math.inf
 
@@ -59,12 +107,26 @@ class Members:
         """Agents that can be asked, sorted."""
         return self.registry.select(task)
 
+    def select_away(self, task: str) -> tuple[str, ...]:
+        """Agents that could be asked if they had a link, sorted."""
+        return self.registry.select_away(task)
+
     def send(self, agents: Iterable[str], message: Message) -> None:
-        """Sends one message to each of these agents that has a link."""
+        """Sends one message to each of these agents; those who are away get all but assignments when they return."""
+        is_assignment = isinstance(message, Assignment)
         for agent in agents:
-            link = self.links.get(agent)
-            if link is None:
+            member = self._members.get(agent)
+            if member is None:
                 continue
+            link = member.link
+            if link is None or (link.resumed_after is not None and not link.is_opened):
+                if not is_assignment:
+                    member.log.keep(Frame.of(message))
+                continue
+            if is_assignment:
+                member.log.count()
+            else:
+                member.log.keep(Frame.of(message))
             if link.is_opened:
                 link.send_down("coordination", message)
             else:
@@ -83,24 +145,24 @@ class Members:
 
     def receive(self, link: Link, stream: StreamName, message: Sent) -> None:
         """What an agent says."""
+        name = link.agent.name
         match message:
             case Reply():
-                if self.links.get(link.agent.name) is link:
-                    self._on_reply(link.agent.name, message)
+                member = self._members.get(name)
+                if member is not None and member.link is link:
+                    member.received += 1
+                    self._on_reply(name, message)
             case Hello():
                 self._greet(link, message)
             case CoordinationOpened():
                 if message.session != link.session:
-                    self._auditor.fail("the session is the one that was welcomed", f"{message}", agent=link.agent.name)
-                link.is_opened = True
-                for frame in link.early:
-                    link.send_down("coordination", frame)
-                link.early.clear()
+                    self._auditor.fail("the session is the one that was welcomed", f"{message}", agent=name)
+                self._opened(link)
             case Drain():
-                self._handle(ms.AgentDraining(link.agent.name, link.session))
+                self._drains(link)
             case Goodbye():
                 link.goodbye = message.reason
-                self._handle(ms.AgentDraining(link.agent.name, link.session))
+                self._drains(link)
                 if link.replies_ended:
                     self._ended(link, "said goodbye")
                 else:
@@ -110,57 +172,100 @@ class Members:
                 if link.goodbye is not None:
                     self._ended(link, "said goodbye")
                     return
-                self._handle(ms.AgentDraining(link.agent.name, link.session))
-                self._process.after(_LEAVE_TIMEOUT_S, self._ended, link, "finished its coordination stream")
+                self._drains(link)
+                self._process.after(_LEAVE_TIMEOUT_S, self._ended, link, "finished its coordination stream", True)
             case _:
-                raise AssertionError(f"{link.agent.name} sent {message}")
+                raise AssertionError(f"{name} sent {message}")
+
+    def _drains(self, link: Link) -> None:
+        if self.links.get(link.agent.name) is link:
+            self._handle(ms.AgentDraining(link.agent.name, link.session))
+
+    def can_resume(self, hello: Hello) -> bool:
+        """Whether a hello goes on with a session that lives."""
+        return self.registry.can_resume(hello.id, _resume_of(hello))
 
     def _greet(self, link: Link, hello: Hello) -> None:
+        if self.can_resume(hello) and (old := self.links.get(hello.id)) is not None:
+            self._ended(old, "its session goes on over another link")
         self._count += 1
-        link.session = f"{self._name}.{self._count}"
-        self._sessions[link.session] = link
+        self._joining = (link, f"secret-{self._count}")
+        self._is_refused = False
         self._handle(
             ms.AgentJoined(
                 agent=hello.id,
-                session=link.session,
+                session=f"{self._name}.{self._count}",
                 instance=hello.instance,
                 labels=hello.labels,
                 tasks=tuple(hello.tasks),
                 address="simulated",
                 software=hello.software,
+                secret=self._joining[1],
+                resume=_resume_of(hello),
             )
         )
-        if link.session in self._refused:
-            self._refused.discard(link.session)
+        self._joining = None
+        if self._is_refused:
             self.refuse(link, "full")
             return
+        member = self._members[hello.id]
+        if hello.resume is not None and member.name == hello.resume.session:
+            link.resumed_after = hello.resume.received
+        link.session = member.name
         link.lease_s, link.pulse_s = LEASE_S, PULSE_S
-        link.send_down("control", Welcome(session=link.session, pulse_s=PULSE_S, lease_s=LEASE_S))
+        link.send_down(
+            "control",
+            Welcome(
+                session=member.name,
+                pulse_s=PULSE_S,
+                lease_s=LEASE_S,
+                secret=member.secret,
+                resumed=link.resumed_after is not None,
+                received=member.received,
+            ),
+        )
+
+    def _opened(self, link: Link) -> None:
+        """The agent can be asked: it gets what the last link did not deliver, and then what the rounds have for it."""
+        link.is_opened = True
+        for message in link.early:
+            link.send_down("coordination", message)
+        link.early.clear()
+        member = self._members.get(link.agent.name)
+        if member is None or member.link is not link:
+            return
+        if link.resumed_after is not None:
+            frames, has_gap = member.log.resume(link.resumed_after)
+            if has_gap:
+                self._world.note(f"{member.agent} misses frames that were not kept")
+            for frame in frames:
+                assert isinstance(frame, Frame)
+                link.send_down("coordination", frame.message)
+        self._on_reachable(member.agent)
 
     def refuse(self, link: Link, reason: str) -> None:
         """Sends a refusal; the agent closes the link."""
         link.send_down("control", Refusal(reason=reason, message=reason, retry=True))
-        self._sessions.pop(link.session, None)
 
-    def link_closed(self, link: Link, reason: str) -> None:
+    def link_closed(self, link: Link, reason: str, is_final: bool) -> None:
         """The agent closed it."""
-        self._ended(link, reason)
+        self._ended(link, reason, is_final)
 
-    def _ended(self, link: Link, reason: str) -> None:
-        """The session's end, from whatever side."""
+    def _ended(self, link: Link, reason: str, is_final: bool = False) -> None:
+        """The link's end, from whatever side."""
         if not link.coordinator_is_open:
             return
-        if link.session:
+        name = link.agent.name
+        if self.links.get(name) is link:
             if link.goodbye is not None:
-                self._handle(ms.AgentLeft(link.agent.name, link.session, link.goodbye))
+                self._handle(ms.AgentLeft(name, link.session, link.goodbye))
             else:
-                self._handle(ms.LinkBroken(link.agent.name, link.session, reason))
+                self._handle(ms.LinkBroken(name, link.session, reason, is_final))
         self._forget(link)
         link.close_down(reason)
 
     def _forget(self, link: Link) -> None:
         self._open.pop(link, None)
-        self._sessions.pop(link.session, None)
         if self.links.get(link.agent.name) is link:
             del self.links[link.agent.name]
 
@@ -174,34 +279,45 @@ class Members:
     def _carry_out(self, instruction: ms.Instruction) -> None:
         match instruction:
             case ms.AdmitAgent(agent, session):
+                assert self._joining is not None
+                link, secret = self._joining
+                self._members[agent] = Session(agent, session, secret, link)
+                self.links[agent] = link
                 self._auditor.session_began(agent, session)
-                self.links[agent] = self._sessions[session]
                 self._world.note(f"{agent} joins as {session}")
+            case ms.ResumeSession(agent, session):
+                assert self._joining is not None
+                self._members[agent].link = self.links[agent] = self._joining[0]
+                self._world.note(f"{agent} resumes {session}")
             case ms.RefuseAgent():
-                self._refused.add(instruction.session)
-            case ms.ReplaceLink(agent, old_session):
-                old = self._sessions.get(old_session)
+                self._is_refused = True
+            case ms.ReplaceLink(agent, _):
+                old = self.links.get(agent)
                 if old is not None:
                     self._forget(old)
                     old.close_down("replaced", replaced=True)
             case ms.DeclareSuspect(agent, _):
                 self._world.note(f"{agent} is suspect")
+            case ms.DeclareAway(agent, _, reason):
+                self._world.note(f"{agent} is away: {reason}")
+                self._members[agent].link = None
+                self.links.pop(agent, None)
             case ms.DeclareReturned(agent, _):
                 self._world.note(f"{agent} returned")
             case ms.DeclareLost(agent, session, reason):
                 self._world.note(f"{agent} is lost: {reason}")
                 self._auditor.session_over(agent, session)
-                self._part(agent, session, reason)
+                self._part(agent, reason)
                 self._on_lost(agent, reason)
             case ms.DeclareLeft(agent, session, reason):
                 self._world.note(f"{agent} left: {reason}")
                 self._auditor.session_over(agent, session)
-                self._part(agent, session, reason)
+                self._part(agent, reason)
                 self._on_lost(agent, "left")
 
-    def _part(self, agent: str, session: str, reason: str) -> None:
-        link = self._sessions.get(session)
-        if link is None:
+    def _part(self, agent: str, reason: str) -> None:
+        link = self._members.pop(agent).link
+        if link is None or self.links.get(agent) is not link:
             return
         if reason.startswith("not heard"):
             self._auditor.agent_expired(agent, link.heard_by_coordinator(self._read_until), LEASE_S)
@@ -249,22 +365,24 @@ class Members:
         """A full look at the registry beside the links."""
         counts = self.registry.counts()
         live = counts["connected"] + counts["suspect"] + counts["draining"]
-        askable: dict[str, set[str]] = {}
+        #: Task to who can be asked, and who could be if it had a link.
+        askable: dict[str, tuple[set[str], set[str]]] = {}
         for member in self.registry.agents():
             if member.state in ("lost", "left"):
                 continue
             link = self.links.get(member.agent)
-            if link is None or link.session != member.session:
-                message = f"{member.agent} is {member.state} in session {member.session} without a link"
+            if (link is not None) != member.has_link or (link is not None and link.session != member.session):
+                message = f"{member.agent} is {member.state} in {member.session}, {member.has_link=}, link {link}"
                 self._auditor.fail("members have links", message, agent=member.agent)
             live -= 1
             if member.state != "draining":
                 for task in member.tasks:
-                    askable.setdefault(task, set()).add(member.agent)
+                    askable.setdefault(task, (set(), set()))[not member.has_link].add(member.agent)
         if live:
             self._auditor.fail("the registry counts right", f"{counts} counted, {live} more than there are")
         for task in self.registry.tasks():
-            if set(self.registry.select(task)) != askable.pop(task, None):
+            here, away = askable.pop(task, (set(), set()))
+            if set(self.registry.select(task)) != here or set(self.registry.select_away(task)) != away:
                 self._auditor.fail("members can be asked", f"the registry selects others for {task} than it has")
         if askable:
             self._auditor.fail("members can be asked", f"nobody is selected for {sorted(askable)}")
@@ -282,3 +400,7 @@ class Members:
         """The process is gone: its links are, without a word."""
         for link in list(self._open):
             link.abandon(agent=False)
+
+
+def _resume_of(hello: Hello) -> tuple[str, str] | None:
+    return None if hello.resume is None else (hello.resume.session, hello.resume.secret)

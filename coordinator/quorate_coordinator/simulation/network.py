@@ -69,8 +69,8 @@ class CoordinatorEnd(Protocol):
     def receive(self, link: "Link", stream: StreamName, message: Sent) -> None:
         """A message came."""
 
-    def link_closed(self, link: "Link", reason: str) -> None:
-        """The agent closed the link."""
+    def link_closed(self, link: "Link", reason: str, is_final: bool) -> None:
+        """The agent closed the link; for good, or to come back."""
 
 
 class Path:
@@ -154,6 +154,7 @@ class Link:
         "path",
         "pulse_s",
         "replies_ended",
+        "resumed_after",
         "session",
         "world",
     )
@@ -186,6 +187,8 @@ class Link:
         self.is_opened = False
         self.early: list[Message] = []
         self.replies_ended = False
+        #: With a link that resumes a session: how many frames the agent has received in it.
+        self.resumed_after: int | None = None
         self.goodbye: str | None = None
         path.links.append(self)
 
@@ -251,7 +254,7 @@ class Link:
 
     # --- the end ---
 
-    def close_up(self, reason: str) -> None:
+    def close_up(self, reason: str, *, is_final: bool = False) -> None:
         """The agent closes it; the coordinator hears of that unless the path is cut or lossy."""
         if not self.agent_is_open:
             return
@@ -259,7 +262,7 @@ class Link:
         self.agent_is_open = False
         self.update()
         if self.coordinator_is_open and self._closing_arrives(self.path.cuts_up):
-            self.world.after(self.path.latency_s, self.coordinator.process.call, self._closed_up, reason)
+            self.world.after(self.path.latency_s, self.coordinator.process.call, self._closed_up, reason, is_final)
         self._drop()
 
     def close_down(self, reason: str, *, replaced: bool = False) -> None:
@@ -286,9 +289,9 @@ class Link:
     def _closing_arrives(self, cuts: int) -> bool:
         return not cuts and not (self.path.loss and self.path.random.random() < self.path.loss)
 
-    def _closed_up(self, reason: str) -> None:
+    def _closed_up(self, reason: str, is_final: bool) -> None:
         if self.coordinator_is_open:
-            self.coordinator.link_closed(self, reason)
+            self.coordinator.link_closed(self, reason, is_final)
 
     def _closed_down(self, reason: str, replaced: bool) -> None:
         if self.agent_is_open:

@@ -65,6 +65,8 @@ class CallPlan:
     quorum_fraction: float | None = None
     grace_s: float | None = None
     deadline_s: float | None = None
+    attempts: int | None = None
+    count: int | None = None
     #: Seconds until the operator leaves; None when it waits.
     cancel_after_s: float | None = None
     reveal: RevealPlan | None = None

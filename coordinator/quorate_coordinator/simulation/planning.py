@@ -241,6 +241,8 @@ def _make_call(draw: random.Random, key: str, at_s: float, agents: int) -> CallP
         quorum_fraction=fraction,
         grace_s=grace_s,
         deadline_s=deadline_s,
+        attempts=draw.choice((None, None, None, 2, 3)),
+        count=draw.choice((None, None, None, None, 3)),
         cancel_after_s=cancel_after_s,
         reveal=reveal,
     )

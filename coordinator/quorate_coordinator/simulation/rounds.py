@@ -1,4 +1,4 @@
-"""The coordinator's rounds: the real book, learner and ledger in a model of their shell (`gather`).
+"""The coordinator's rounds: the real book, planner, keys, learner and ledger in a model of their shell (`gather`).
 
 The only file here that knows the book's events and instructions.
 """
@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, Protocol
 
-from quorate_coordinator.learner.api import Learner, Report, Request
+from quorate_coordinator.idempotency import Keys, digest_of, is_final
+from quorate_coordinator.journal.records import Record, RoundClosed, RoundOpened, TruthTold
+from quorate_coordinator.learner.api import Learner
+from quorate_coordinator.ledger import Announcement, Ledger, Question, book_outcome_of, interrupt, outcome_of
+from quorate_coordinator.planning import Candidates, Planner
 from quorate_coordinator.rounds import events as rd
 from quorate_coordinator.rounds import instructions as ri
 from quorate_coordinator.rounds.book import BookLimits, RoundBook
@@ -19,14 +23,24 @@ from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_coordinator.simulation.auditor import Auditor, ClosedFacts, OpenedFacts
 from quorate_coordinator.simulation.disk import SimDisk
 from quorate_coordinator.simulation.draws import fate_of
-from quorate_coordinator.simulation.ledger_model import ClosedRecord, LedgerModel
 from quorate_coordinator.simulation.plan import CallPlan
 from quorate_coordinator.simulation.process import Process
-from quorate_protocol.messages import Assignment, Cancellation, Feedback, Message, Reply, clip_text
+from quorate_protocol.errors import CallFailed
+from quorate_protocol.messages import (
+    Ask,
+    Assignment,
+    Cancellation,
+    Feedback,
+    Message,
+    Outcome,
+    Reply,
+    Revealed,
+    clip_text,
+)
 
 MakeBook = Callable[..., RoundBook]
 MakeLearner = Callable[[bytes | None], Learner]
-MakeLedger = Callable[..., LedgerModel]
+MakeLedger = Callable[[Learner], Ledger]
 
 #: What an ask gets that does not say.
 POLICY: Final = RoundPolicy(deadline_s=10.0, grace_s=0.25, quorum_fraction=0.5)
@@ -35,7 +49,8 @@ POLICY: Final = RoundPolicy(deadline_s=10.0, grace_s=0.25, quorum_fraction=0.5)
 LIMITS: Final = BookLimits(
     in_flight_max=64,
     in_flight_per_agent_max=8,
-    reply_bytes_max=4096,
+    in_flight_per_operator_max=24,
+    held_bytes_max=4096,
     remembered_max=100,
     traces_max=50,
 )
@@ -43,8 +58,11 @@ LIMITS: Final = BookLimits(
 #: Round numbers reserved at once.
 _BLOCK: Final = 1000
 
-#: Announcements that wait for a full disk; no rounds are opened beyond.
-_HELD_MAX: Final = 200
+#: Rounds between two checkpoints: few, so that most replays begin at one.
+_CHECKPOINT_ROUNDS: Final = 8
+
+#: Operators that the calls are of.
+_OPERATORS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +82,29 @@ class Told:
 Answer = Callable[[Told], None]
 
 
+@dataclass(slots=True)
+class Asked:
+    """A call whose outcome has not been told."""
+
+    call: CallPlan
+    question: Question
+    #: Who waits for it.
+    answers: "list[Answer]"
+    #: 0 until it is open.
+    round: int = 0
+
+
 class FleetFace(Protocol):
     """What rounds need of the fleet."""
 
     def select(self, task: str) -> tuple[str, ...]:
         """Agents that can be asked, sorted."""
 
+    def select_away(self, task: str) -> tuple[str, ...]:
+        """Agents that could be asked if they had a link, sorted."""
+
     def send(self, agents: tuple[str, ...], message: Message) -> None:
-        """Sends one message to each of these agents that has a link."""
+        """Sends one message to each of these agents; those who are away get all but assignments when they return."""
 
 
 class Rounds:
@@ -96,78 +129,122 @@ class Rounds:
         disk.free_round += _BLOCK
         self.book: Final = make_book(LIMITS, first_round=first)
         covered, snapshot = disk.checkpoint or (0, None)
-        self.ledger: Final = make_ledger(
-            make_learner(snapshot),
-            disk.records,
-            covered=covered,
-            append=disk.append,
-            checkpoint=self._keep_checkpoint,
+        self._covered = covered
+        self.ledger: Final = make_ledger(make_learner(snapshot))
+        self._planner: Final = Planner(self.book, self.ledger.learner, POLICY, lambda agent, size_bytes: False)
+        self._keys: Final = Keys()
+        #: By key: the last round that was closed under it, and its record's number.
+        self._closed_under: dict[str, tuple[int, RoundClosed]] = {}
+        self._closed_by_round: dict[int, RoundClosed] = {}
+        self._rounds_since_checkpoint = 0
+        self._problem = ""
+        disk.open(
+            lambda number: process.call(self._committed, number),
+            lambda problem: process.call(self._recording_failed, problem),
+            lambda: process.call(self._recording_recovered),
         )
-        disk.open(lambda number: process.call(self.ledger.durable, number))
         self._timer_at = math.inf
         self._request_ids = itertools.count(1)
         #: Calls that wait, by request.
-        self._asks: dict[int, tuple[CallPlan, Answer]] = {}
-        self._reveals: dict[int, Answer] = {}
-        self._requests_of: dict[str, int] = {}
-        self._round_of: dict[int, int] = {}
+        self._asks: dict[int, Asked] = {}
+        self._reveals: dict[int, tuple[int, Answer]] = {}
         self._on_drained: Callable[[], None] = lambda: None
         self.strays: Counter[str] = Counter()
+
+    def recover(self) -> None:
+        """Lives through what is durable, and takes up what an earlier process left."""
+        opened: dict[int, RoundOpened] = {}
+        truths: set[int] = set()
+        for number, record in enumerate(self._disk.records, start=1):
+            match record:
+                case RoundOpened():
+                    opened[record.round] = record
+                case RoundClosed():
+                    opened.pop(record.round, None)
+                    self._know(number, record)
+                case TruthTold():
+                    truths.add(record.round)
+            if number <= self._covered:
+                continue
+            if isinstance(record, TruthTold):
+                self.ledger.replay_truth(self._closed_by_round[record.round], record)
+            else:
+                self.ledger.replay(record)
+        awaiting = [one for number, one in self._closed_by_round.items() if number not in truths]
+        awaiting = awaiting[-LIMITS.remembered_max :]
+        self.ledger.recalled(awaiting)
+        for closed in awaiting:
+            for instruction in self.book.recall(book_outcome_of(closed)):
+                self._carry_out(instruction)
+        for cut_off in opened.values():
+            self._record(interrupt(cut_off, "the coordinator died while it was open"))
+
+    def _know(self, number: int, closed: RoundClosed) -> None:
+        self._closed_by_round[closed.round] = closed
+        if closed.key is not None:
+            self._closed_under[closed.key] = number, closed
+
+    def find_round(self, key: str) -> int | None:
+        """The round that answers a key for good, as far as its record is durable."""
+        number, closed = self._closed_under.get(key, (0, None))
+        if closed is None or number > self._disk.durable or not is_final(outcome_of(closed)):
+            return None
+        return closed.round
 
     # --- calls ---
 
     def ask(self, call: CallPlan, body: bytes, answer: Answer) -> None:
         """Opens a round; `answer` is called at its end, or at once with an error."""
-        found = self.ledger.find(call.key)
-        if found is not None:
-            self._announce(call, answer, *found)
-            return
-        if call.key in self._requests_of:
-            # Asked again while the first is in flight: both wait for the one round.
-            waiting, first = self._asks[self._requests_of[call.key]]
-            self._asks[self._requests_of[call.key]] = waiting, _both(first, answer)
-            return
-        if self._disk.is_full or self.ledger.held >= _HELD_MAX:
-            answer(Told(0, "", error="disk-full", retry=True))
-            return
-        candidates = self.fleet.select(call.task)
-        per_agent_max = self.book.limits.in_flight_per_agent_max
-        free = tuple(agent for agent in candidates if self.book.in_flight_of(agent) < per_agent_max)
-        if not free:
-            answer(Told(0, "", error="busy" if candidates else "no-agents", retry=True))
-            return
-        plan = self.ledger.learner.compute_coordination(Request(task=call.task, body=body, candidates=free))
-        policy = POLICY.override(
+        ask = Ask(
+            task=call.task,
+            body=body,
             quorum=call.quorum,
             quorum_fraction=call.quorum_fraction,
             grace_s=call.grace_s,
             deadline_s=call.deadline_s,
+            attempts=call.attempts,
+            count=call.count,
+            key=call.key,
         )
+        question = Question(call.key, digest_of(ask))
+        assert question.digest is not None
+        keyed = self._keys.find(call.key, question.digest)
+        if keyed is not None and keyed.request_id is not None:
+            # Asked again while the first is in flight: both wait for the one round.
+            self._asks[keyed.request_id].answers.append(answer)
+            return
+        if self.find_round(call.key) is not None:
+            number, closed = self._closed_under[call.key]
+            self._tell([answer], call.key, number, outcome_of(closed))
+            return
+        if self._problem:
+            answer(Told(0, "", error="not-recorded", retry=True))
+            return
         request_id = next(self._request_ids)
-        self._asks[request_id] = call, answer
-        self._requests_of[call.key] = request_id
-        self._handle(
-            rd.RoundRequested(
-                request_id=request_id,
-                task=call.task,
-                body=body,
-                selected=plan.agents,
-                unavailable=(),
-                policy=policy,
-            )
-        )
+        candidates = Candidates(self.fleet.select(call.task), self.fleet.select_away(call.task))
+        try:
+            operator = f"operator-{call.key.encode()[-1] % _OPERATORS}"
+            request = self._planner.plan(ask, candidates, request_id=request_id, operator=operator)
+        except CallFailed as error:
+            answer(Told(0, "", error=error.reason, retry=error.retry))
+            return
+        self._asks[request_id] = Asked(call, question, [answer])
+        self._keys.open(call.key, question.digest, request_id)
+        self._handle(request)
 
     def withdraw(self, key: str) -> None:
-        """The operator has left."""
-        request_id = self._requests_of.get(key)
-        round_id = self._round_of.get(request_id or 0)
-        if round_id is not None:
-            self._handle(rd.RoundCancelled(round_id, "its operator left"))
+        """The operator does not want it any more."""
+        for asked in list(self._asks.values()):
+            if asked.call.key == key and asked.round:
+                self._handle(rd.RoundCancelled(asked.round, "its operator left"))
 
     def reveal(self, round_id: int, truth: bytes, answer: Answer) -> None:
         """Scores a round's agents."""
+        if self._problem:
+            answer(Told(0, "", error="not-recorded", retry=True))
+            return
         request_id = next(self._request_ids)
-        self._reveals[request_id] = answer
+        self._reveals[request_id] = round_id, answer
         self._handle(rd.TruthRevealed(request_id, round_id, truth))
 
     # --- events ---
@@ -189,6 +266,10 @@ class Rounds:
             )
         )
 
+    def agent_reachable(self, agent: str) -> None:
+        """An agent has a link it had not: it gets what it owes."""
+        self._handle(rd.AgentReachable(agent))
+
     def agent_lost(self, agent: str, reason: str) -> None:
         """What an agent worked on will not come."""
         self._handle(rd.AgentLost(agent, reason))
@@ -207,7 +288,7 @@ class Rounds:
         for instruction in book.handle(event, self._world.now):
             self._carry_out(instruction)
         limits = book.limits
-        if book.in_flight > limits.in_flight_max or book.held_bytes > limits.reply_bytes_max:
+        if book.in_flight > limits.in_flight_max or book.held_bytes > limits.held_bytes_max:
             message = f"{book.in_flight} rounds in flight hold {book.held_bytes} bytes"
             self._auditor.fail("queues are bounded", message)
         if book.remembered > limits.remembered_max or book.traces > limits.traces_max:
@@ -217,21 +298,26 @@ class Rounds:
 
     def _carry_out(self, instruction: ri.Instruction) -> None:
         match instruction:
-            case ri.BroadcastAssignment():
+            case ri.OpenRound():
                 self._open(instruction)
+            case ri.SendAssignment(round_id, agents, task, body, attempt, deadline_s):
+                self._auditor.assigned(round_id, agents, attempt)
+                self.fleet.send(
+                    agents,
+                    Assignment(round=round_id, task=task, body=body, attempt=attempt, deadline_s=deadline_s),
+                )
+            case ri.TellPart():
+                raise AssertionError("nobody asked for parts")
             case ri.SendCancellation(round_id, agents, reason):
                 self.fleet.send(agents, Cancellation(round=round_id, reason=clip_text(reason)))
             case ri.CloseRound(outcome):
                 self._close(outcome)
             case ri.SendFeedback(round_id, agents, task, truth):
                 self.fleet.send(agents, Feedback(round=round_id, task=task, truth=truth))
-            case ri.LearnTruth(request_id, outcome, truth):
+            case ri.LearnTruth(request_id, outcome, _):
                 self._auditor.truth_learned(outcome.round)
-                self.ledger.learn(
-                    outcome.round,
-                    truth,
-                    lambda number, report: self._announce_truth(request_id, outcome.round, number, report),
-                )
+                record, revealed = self.ledger.learn(instruction)
+                self._record(record, None if revealed is None else Announcement(request_id, revealed))
             case ri.RejectRequest():
                 self._reject(instruction)
             case ri.NoteStray(kind, round_id, agent):
@@ -242,84 +328,119 @@ class Rounds:
                 self._on_drained()
             case ri.OfferLateReply():
                 self._auditor.late_offered(instruction.agent, instruction.round)
-            case ri.NoteForgotten():
-                pass
+                self._record(self.ledger.take_late(instruction))
+            case ri.NoteForgotten(round_id):
+                self.ledger.forget(round_id)
 
-    def _open(self, opening: ri.BroadcastAssignment) -> None:
-        self._round_of[opening.request_id] = opening.round
-        call = self._asks[opening.request_id][0]
+    def _open(self, opening: ri.OpenRound) -> None:
+        asked = self._asks[opening.request_id]
+        asked.round = opening.round
+        call = asked.call
         self._world.fates[opening.round] = fate_of(self._world.seed, call.key)
-        self._world.note(f"r{opening.round} opens for {call.key}: {opening.task}, {len(opening.agents)} asked")
+        self._world.note(f"r{opening.round} opens for {call.key}: {opening.task}, {len(opening.selected)} selected")
+        self._record(self.ledger.open(opening, asked.question))
         self._auditor.round_opened(
             OpenedFacts(
                 round=opening.round,
                 key=call.key,
-                selected=opening.agents,
+                selected=opening.selected,
                 opened_at=self._world.now,
-                deadline_s=opening.deadline_s,
+                deadline_s=opening.policy.deadline_s,
                 quorum=call.quorum,
                 quorum_fraction=call.quorum_fraction or (None if call.quorum else POLICY.quorum_fraction),
+                attempts=opening.policy.attempts,
             )
-        )
-        self.fleet.send(
-            opening.agents,
-            Assignment(
-                round=opening.round,
-                task=opening.task,
-                body=opening.body,
-                attempt=opening.attempt,
-                deadline_s=opening.deadline_s,
-            ),
         )
 
     def _close(self, outcome: ri.Outcome) -> None:
         if outcome.round + _BLOCK // 10 >= self._disk.free_round:
             self._disk.free_round += _BLOCK
-        call, answer = self._asks.pop(outcome.request_id)
+        asked = self._asks[outcome.request_id]
         self._world.note(f"r{outcome.round} closes {outcome.state}")
         self._auditor.round_closed(
             ClosedFacts(
                 round=outcome.round,
-                key=call.key,
+                key=asked.call.key,
                 state=outcome.state,
                 quorum=outcome.quorum,
                 results=tuple((result.agent, result.status, result.body) for result in outcome.results),
                 duration_s=outcome.duration_s,
             )
         )
-        self._round_of.pop(outcome.request_id, None)
-        request_id = self._requests_of[call.key]
+        record, told = self.ledger.close(outcome, asked.question)
+        if not is_final(told):
+            self._keys.drop(asked.call.key, outcome.request_id)
+        self._record(record, Announcement(outcome.request_id, told))
 
-        def announce(number: int, record: ClosedRecord) -> None:
-            self._requests_of.pop(call.key, None)
-            _, late = self._asks.pop(request_id, (call, answer))
-            self._announce(call, late, number, record)
+    # --- recording ---
 
-        # Until the record is durable, whoever asks again waits as well.
-        self._asks[request_id] = call, answer
-        self.ledger.close(call.key, outcome, announce)
+    def _record(self, record: Record, announcement: Announcement | None = None) -> None:
+        number = self._disk.append(record)
+        if isinstance(record, RoundClosed):
+            self._know(number, record)
+            self._rounds_since_checkpoint += 1
+        if announcement is not None:
+            self.ledger.hold(number, announcement)
+            if self._problem:
+                self._answer_unrecorded(announcement)
+        if self._rounds_since_checkpoint >= _CHECKPOINT_ROUNDS:
+            self._rounds_since_checkpoint = 0
+            self._disk.append_checkpoint(number, self.ledger.learner.snapshot())
 
-    def _announce(self, call: CallPlan, answer: Answer, number: int, record: ClosedRecord) -> None:
-        outcome = record.outcome
-        digest = blake2b(repr((outcome, record.seen.answer)).encode(), digest_size=8).hexdigest()
-        self._auditor.announced(call.key, outcome.round, digest, number)
-        self._world.note(f"r{outcome.round} announced to {call.key}")
-        answer(Told(outcome.round, outcome.state, digest))
+    def _committed(self, number: int) -> None:
+        for announcement in self.ledger.committed(number):
+            self._announce(announcement)
 
-    def _announce_truth(self, request_id: int, round_id: int, number: int, report: Report) -> None:
-        self._auditor.truth_announced(round_id, number)
-        answer = self._reveals.pop(request_id, None)
-        if answer is not None:
-            answer(Told(round_id, "revealed", repr(report.correct)))
+    def _recording_failed(self, problem: str) -> None:
+        self._problem = problem
+        for announcement in self.ledger.unannounced():
+            self._answer_unrecorded(announcement)
+
+    def _recording_recovered(self) -> None:
+        self._problem = ""
+
+    def _answer_unrecorded(self, announcement: Announcement) -> None:
+        told = Told(announcement.answer.round, "", error="not-recorded", retry=True)
+        if isinstance(announcement.answer, Revealed):
+            _, answer = self._reveals.pop(announcement.request_id, (0, None))
+            if answer is not None:
+                answer(told)
+        elif (asked := self._asks.get(announcement.request_id)) is not None:
+            answers, asked.answers = asked.answers, []
+            for answer in answers:
+                answer(told)
+
+    def _announce(self, announcement: Announcement) -> None:
+        said = announcement.answer
+        if isinstance(said, Revealed):
+            self._auditor.truth_announced(said.round, self._disk.durable)
+            _, answer = self._reveals.pop(announcement.request_id, (0, None))
+            if answer is not None:
+                answer(Told(said.round, "revealed", repr(said.correct)))
+            return
+        asked = self._asks.pop(announcement.request_id)
+        key = asked.call.key
+        self._keys.keep(key, announcement.request_id, said)
+        number, _ = self._closed_under[key]
+        self._tell(asked.answers, key, number, said)
+
+    def _tell(self, answers: "list[Answer]", key: str, number: int, outcome: Outcome) -> None:
+        digest = blake2b(outcome.to_frame(), digest_size=8).hexdigest()
+        if is_final(outcome):
+            self._auditor.announced(key, outcome.round, digest, number)
+        self._world.note(f"r{outcome.round} announced to {key}")
+        for answer in answers:
+            answer(Told(outcome.round, outcome.state, digest))
 
     def _reject(self, rejection: ri.RejectRequest) -> None:
         told = Told(0, "", error=rejection.reason, retry=rejection.retry)
-        waiting = self._asks.pop(rejection.request_id, None)
-        if waiting is not None:
-            self._requests_of.pop(waiting[0].key, None)
-            waiting[1](told)
-        else:
-            self._reveals.pop(rejection.request_id)(told)
+        asked = self._asks.pop(rejection.request_id, None)
+        if asked is None:
+            self._reveals.pop(rejection.request_id)[1](told)
+            return
+        self._keys.drop(asked.call.key, rejection.request_id)
+        for answer in asked.answers:
+            answer(told)
 
     # --- the timer and the disk ---
 
@@ -334,14 +455,11 @@ class Rounds:
             self._timer_at = math.inf
             self._handle(rd.TimerFired())
 
-    def _keep_checkpoint(self, covered: int, snapshot: bytes) -> None:
-        self._disk.checkpoint = covered, snapshot
-
     def audit(self, is_member: Callable[[str], bool]) -> None:
         """A full look at the book beside what is known from outside."""
         self._auditor.check_in_flight(self.book.in_flight)
         for opened in self._auditor.in_flight:
-            for agent in opened.selected:
+            for agent in opened.selected if opened.attempts == 1 else ():
                 if self.book.in_flight_of(agent) and not is_member(agent):
                     message = f"{self.book.in_flight_of(agent)} rounds wait for {agent}, which is no member"
                     self._auditor.fail("no round waits for who is gone", message, agent=agent, round=opened.round)
@@ -355,14 +473,6 @@ class Rounds:
             found.append(f"{self.book.held_bytes} bytes of replies held")
         if self.ledger.held:
             found.append(f"{self.ledger.held} announcements held")
-        if self._asks or self._reveals or self._requests_of or self._round_of:
+        if self._asks or self._reveals:
             found.append(f"{len(self._asks)} asks and {len(self._reveals)} reveals wait")
         return ", ".join(found)
-
-
-def _both(first: Answer, second: Answer) -> Answer:
-    def answer(told: Told) -> None:
-        first(told)
-        second(told)
-
-    return answer
