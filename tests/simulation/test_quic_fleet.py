@@ -6,14 +6,12 @@ timers, the loop's tasks. It is slower by far, and so there are few agents and m
 
 import asyncio
 import random
-import types
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-import quorate_agent.worker
 import quorate_protocol.transport.quic
 from quorate_agent import Agent, Declined
 from quorate_agent.worker import Worker
@@ -179,9 +177,6 @@ def test_real_shells_on_a_bad_network(seed: int, tmp_path: Path, monkeypatch: py
     network = MemoryNetwork(seed, delay_s=0.01, jitter_s=0.005)
     # Every link of this process, and no other's.
     monkeypatch.setattr(quorate_protocol.transport.quic, "process_network", lambda: network)
-    # The worker asks the machine's clock, and not the loop's.
-    clock = types.SimpleNamespace(monotonic=lambda: asyncio.get_running_loop().time())
-    monkeypatch.setattr(quorate_agent.worker, "time", clock)
     history = run_virtually(live(seed, network, tmp_path))
     assert len(history.outcomes) > 20, history.errors
     for question, outcome in history.outcomes:

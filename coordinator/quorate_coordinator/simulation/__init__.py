@@ -6,7 +6,8 @@ coordinator's (`coordinator`, with `members` and `rounds`), its `disk`, the `net
 `faults` does to them what the plan says. The `auditor` hears of everything that can be seen from outside and checks
 what must hold, after every event. `run` plays one plan, `shorten` makes a plan that fails as small as it can.
 
-What decides is the code that runs in production: `RoundBook`, `Registry`, `AgentCore`, `Backoff`, the learner.
+What decides is the code that runs in production: `RoundBook`, `Planner`, `Keys`, `Ledger`, `Registry`, `AgentCore`,
+`Backoff`, the learner.
 `members`, `rounds` and `agents` are models of their shells, and the only files here that know
 a core's events and instructions: when a core changes, its file here follows.
 

@@ -83,26 +83,29 @@ class SimDisk:
             self._world.note(f"disk crash: {survived} of {waiting} waiting records survive{', one torn' * torn}")
 
     def _begin(self) -> None:
+        """Takes what waits into a commit; what comes after this waits for the next."""
         span = _SLOW_COMMIT_S if self._random.random() < _SLOW_SHARE else _COMMIT_S
         self._is_committing = True
-        self._world.after(self._random.uniform(*span), self._commit, self._process)
+        self._world.after(self._random.uniform(*span), self._commit, self._process, len(self.records))
 
-    def _commit(self, process: int) -> None:
+    def _commit(self, process: int, group: int) -> None:
         if process != self._process:
             return  # it is gone
         if self.is_full:
-            self._world.after(_RETRY_S, self._commit, process)
+            self._world.after(_RETRY_S, self._commit, process, group)
             if not self._has_failed:
                 self._has_failed = True
                 self._on_failed("the disk is full")
             return
-        # A commit takes what had come when it began; the delay before it is the wait for a group.
-        self.durable = len(self.records)
+        self.durable = group
         self._is_committing = False
         for checkpoint in self._checkpoints:
-            self.checkpoint = checkpoint
-        self._checkpoints.clear()
+            if checkpoint[0] <= group:
+                self.checkpoint = checkpoint
+        self._checkpoints = [checkpoint for checkpoint in self._checkpoints if checkpoint[0] > group]
         if self._has_failed:
             self._has_failed = False
             self._on_recovered()
-        self._on_durable(self.durable)
+        if group < len(self.records):
+            self._begin()
+        self._on_durable(group)

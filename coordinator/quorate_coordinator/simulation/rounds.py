@@ -458,9 +458,13 @@ class Rounds:
     def audit(self, is_member: Callable[[str], bool]) -> None:
         """A full look at the book beside what is known from outside."""
         self._auditor.check_in_flight(self.book.in_flight)
+        #: By agent: rounds that may wait for it though it is gone, because they would ask it again.
+        waiting = Counter(
+            agent for opened in self._auditor.in_flight if opened.attempts > 1 for agent in opened.selected
+        )
         for opened in self._auditor.in_flight:
-            for agent in opened.selected if opened.attempts == 1 else ():
-                if self.book.in_flight_of(agent) and not is_member(agent):
+            for agent in opened.selected:
+                if self.book.in_flight_of(agent) > waiting[agent] and not is_member(agent):
                     message = f"{self.book.in_flight_of(agent)} rounds wait for {agent}, which is no member"
                     self._auditor.fail("no round waits for who is gone", message, agent=agent, round=opened.round)
 
