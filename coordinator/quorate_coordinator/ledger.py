@@ -30,6 +30,7 @@ from quorate_coordinator.learner.api import AgentReply, Answer, ClosedRound, Exp
 from quorate_coordinator.rounds.instructions import AgentResult as BookResult
 from quorate_coordinator.rounds.instructions import LearnTruth, OfferLateReply, OpenRound
 from quorate_coordinator.rounds.instructions import Outcome as BookOutcome
+from quorate_protocol.fields import Body, place
 from quorate_protocol.messages import AgentResult, Outcome, Revealed, clip_text
 
 log = structlog.get_logger()
@@ -65,7 +66,7 @@ class Ledger:
     def __init__(self, learner: Learner) -> None:
         self.learner: Final = learner
         #: Announced answers of rounds whose truth may come; the book says when to let go of one.
-        self._answers: dict[int, bytes] = {}
+        self._answers: dict[int, Body] = {}
         #: (record, announcement) that wait for durability, in the records' order.
         self._held: deque[tuple[int, Announcement]] = deque()
 
@@ -221,7 +222,7 @@ class Ledger:
             self._answers[round_id] = answer.body
         return answer
 
-    def _learn(self, round_id: int, task: str, results: Iterable[BookResult | RecordedResult], truth: bytes) -> Report:
+    def _learn(self, round_id: int, task: str, results: Iterable[BookResult | RecordedResult], truth: Body) -> Report:
         seen = _as_learner_sees(round_id, task, results, self._answers.pop(round_id, None))
         try:
             return self.learner.learn(seen, truth)
@@ -250,13 +251,13 @@ def outcome_of(closed: RoundClosed) -> Outcome:
         task=closed.task,
         state=closed.state,
         quorum=closed.quorum,
-        answer=closed.answer,
+        **place(closed.answer, "answer"),
         support=closed.support,
         results=[
             AgentResult(
                 agent=result.agent,
                 status=result.status,
-                body=result.body,
+                **place(result.body),
                 error=result.error,
                 latency_s=result.latency_s,
                 compute_s=result.compute_s,
@@ -315,7 +316,7 @@ def interrupt(opened: RoundOpened, reason: str) -> RoundClosed:
 
 
 def _as_learner_sees(
-    round_id: int, task: str, results: Iterable[BookResult | RecordedResult], answer: bytes | None = None
+    round_id: int, task: str, results: Iterable[BookResult | RecordedResult], answer: Body | None = None
 ) -> ClosedRound:
     return ClosedRound(
         round=round_id,

@@ -32,9 +32,10 @@ from quorate_protocol.errors import (
     StreamError,
     UnexpectedMessage,
 )
+from quorate_protocol.fields import BodyRef
 from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import BULK_HEADER_BYTES_MAX, FRAME_PREFIX_BYTES
-from quorate_protocol.messages import BodyRef, Bulk, BulkOf, Message, parse_message
+from quorate_protocol.messages import Bulk, BulkOf, Message, parse_message
 from quorate_protocol.pace import SHARE_BYTES_MIN, Pace
 from quorate_protocol.transport.api import Buffer, Connection, Priority, ReceiveStream, SendStream
 
@@ -50,6 +51,11 @@ HEADER_TIMEOUT_S: Final = 10.0
 #: it was lost and has to be sent again.
 UNCLAIMED_S: Final = 30.0
 
+#: Seconds that a body may take that a message refers to: so many, and as long as a path of 256 KiB/s needs. Whoever is
+#: slower holds a part of the budget for too long.
+_PATIENCE_S: Final = 30.0
+_PATIENCE_BYTES_S: Final = 256 << 10
+
 #: Bodies of one connection that no message has referred to yet; and their bytes, where they are more than one.
 UNCLAIMED_MAX: Final = 64
 UNCLAIMED_BYTES_MAX: Final = 256 << 20
@@ -61,6 +67,11 @@ _HEADERS_MAX: Final = 64
 def ref_to(blob: Blob) -> BodyRef:
     """What a message carries in place of a body."""
     return BodyRef(size=blob.size_bytes, digest=blob.digest)
+
+
+def patience_s(ref: BodyRef) -> float:
+    """How long to wait for a body that nothing else sets an end to, in seconds."""
+    return _PATIENCE_S + ref.size / _PATIENCE_BYTES_S
 
 
 def header_for(blob: Blob, of: BulkOf, *, round: int = 0) -> Bulk:
@@ -195,7 +206,9 @@ class BulkInbox:
         store: Where bodies go.
         is_wanted: Whether a message may yet refer to the body of this header; otherwise its stream is stopped.
         on_fault: Told of each body that the peer spoiled, for counting.
+        on_unclaimed: Told of each body that no message referred to in time.
         unclaimed_s: Seconds that a body waits for its message.
+        unclaimed_bytes_max: Instead of `UNCLAIMED_BYTES_MAX`.
     """
 
     def __init__(
@@ -204,12 +217,16 @@ class BulkInbox:
         *,
         is_wanted: Callable[[Bulk], bool] = lambda header: True,
         on_fault: Callable[[ProtocolError], None] = lambda error: None,
+        on_unclaimed: Callable[[BodyRef], None] = lambda ref: None,
         unclaimed_s: float = UNCLAIMED_S,
+        unclaimed_bytes_max: int = UNCLAIMED_BYTES_MAX,
     ) -> None:
         self._store = store
         self._is_wanted = is_wanted
         self._on_fault = on_fault
+        self._on_unclaimed = on_unclaimed
         self._unclaimed_s = unclaimed_s
+        self._unclaimed_bytes_max = unclaimed_bytes_max
         self._loop = asyncio.get_running_loop()
         self._unclaimed: dict[BodyRef, deque[_Arrival]] = {}
         self._claims: dict[BodyRef, deque[asyncio.Future[asyncio.Task[Blob]]]] = {}
@@ -278,7 +295,7 @@ class BulkInbox:
                 claim.set_result(receiving)
                 return
             # Those of one kind expire in the order in which they came.
-            expiry = self._loop.call_later(self._unclaimed_s, self._drop, ref)
+            expiry = self._loop.call_later(self._unclaimed_s, self._expire, ref)
             self._unclaimed.setdefault(ref, deque()).append(_Arrival(ref, receiving, expiry))
             self.unclaimed += 1
             self.unclaimed_bytes += ref.size
@@ -306,6 +323,12 @@ class BulkInbox:
             self._check_not_ended()
         return receiving.result()
 
+    def drop(self, ref: BodyRef) -> None:
+        """Gives up the oldest body of this kind that has come, or comes, and that no message has referred to."""
+        receiving = self._take_unclaimed(ref)
+        if receiving is not None:
+            receiving.cancel()
+
     def end(self, error: QuorateError) -> None:
         """No more streams come: whoever waits for one is told the error. Bodies that have begun to come go on."""
         if self._end_error is not None:
@@ -323,7 +346,7 @@ class BulkInbox:
         self._is_closed = True
         for ref in list(self._unclaimed):
             while ref in self._unclaimed:
-                self._drop(ref)
+                self.drop(ref)
         for task in self._tasks:
             task.cancel()
 
@@ -381,7 +404,7 @@ class BulkInbox:
 
     def _has_room(self, size_bytes: int) -> bool:
         return self.unclaimed == 0 or (
-            self.unclaimed < UNCLAIMED_MAX and self.unclaimed_bytes + size_bytes <= UNCLAIMED_BYTES_MAX
+            self.unclaimed < UNCLAIMED_MAX and self.unclaimed_bytes + size_bytes <= self._unclaimed_bytes_max
         )
 
     def _take_unclaimed(self, ref: BodyRef) -> asyncio.Task[Blob] | None:
@@ -402,8 +425,6 @@ class BulkInbox:
         self.unclaimed_bytes -= arrival.ref.size
         arrival.expiry.cancel()
 
-    def _drop(self, ref: BodyRef) -> None:
-        """Gives up the oldest body of this kind."""
-        receiving = self._take_unclaimed(ref)
-        if receiving is not None:
-            receiving.cancel()
+    def _expire(self, ref: BodyRef) -> None:
+        self.drop(ref)
+        self._on_unclaimed(ref)

@@ -6,13 +6,13 @@ import pytest
 from pydantic import ValidationError
 
 from quorate_protocol.errors import FrameTooLarge, LocalError, MessageInvalid, UnknownType
+from quorate_protocol.fields import BodyRef
 from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import BODY_BYTES_MAX, FRAME_BYTES_MAX, FRAME_PREFIX_BYTES, LABELS_MAX, TASKS_MAX
 from quorate_protocol.messages import (
     AgentResult,
     Ask,
     Assignment,
-    BodyRef,
     Bulk,
     Feedback,
     Goodbye,
