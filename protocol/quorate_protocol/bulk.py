@@ -219,14 +219,14 @@ class BulkInbox:
         on_fault: Callable[[ProtocolError], None] = lambda error: None,
         on_unclaimed: Callable[[BodyRef], None] = lambda ref: None,
         unclaimed_s: float = UNCLAIMED_S,
-        unclaimed_bytes_max: int = UNCLAIMED_BYTES_MAX,
+        unclaimed_bytes_max: int | None = None,
     ) -> None:
         self._store = store
         self._is_wanted = is_wanted
         self._on_fault = on_fault
         self._on_unclaimed = on_unclaimed
         self._unclaimed_s = unclaimed_s
-        self._unclaimed_bytes_max = unclaimed_bytes_max
+        self._unclaimed_bytes_max = UNCLAIMED_BYTES_MAX if unclaimed_bytes_max is None else unclaimed_bytes_max
         self._loop = asyncio.get_running_loop()
         self._unclaimed: dict[BodyRef, deque[_Arrival]] = {}
         self._claims: dict[BodyRef, deque[asyncio.Future[asyncio.Task[Blob]]]] = {}

@@ -173,7 +173,8 @@ class Client:
                 same key.
         """
         request, parts = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, key)
-        return await self._call(*await _pack(request, "body", parts), Outcome)
+        request, blob = await _pack(request, "body", parts)
+        return await self._call(request, Outcome, blob)
 
     def ask_stream(
         self,
@@ -236,7 +237,7 @@ class Client:
             pause_s = _BUSY_PAUSE_S
             while True:
                 try:
-                    return await self._call(request, blob, Outcome)
+                    return await self._call(request, Outcome, blob)
                 except CallFailed as error:
                     if error.reason != "busy" or not error.retry:
                         raise
@@ -266,8 +267,8 @@ class Client:
             LocalError: `truth` is of a kind that cannot travel.
             ConnectionClosed: the connection ended.
         """
-        request = Reveal(round=round, truth=b"")
-        return await self._call(*await _pack(request, "truth", encode_body_parts(truth)), Revealed)
+        request, blob = await _pack(Reveal(round=round, truth=b""), "truth", encode_body_parts(truth))
+        return await self._call(request, Revealed, blob)
 
     async def agents(self) -> Fleet:
         """The fleet as it is now.
@@ -275,7 +276,7 @@ class Client:
         Raises:
             ConnectionClosed: the connection ended.
         """
-        return await self._call(Agents(), None, Fleet)
+        return await self._call(Agents(), Fleet)
 
     async def drain(self, agent: str, reason: str = "") -> None:
         """Has an agent finish what it does and leave for good. Returns when it is told, not when it has left.
@@ -284,7 +285,7 @@ class Client:
             CallFailed: there is no such agent.
             ConnectionClosed: the connection ended.
         """
-        await self._call(DrainAgent(agent=agent, reason=reason), None, Draining)
+        await self._call(DrainAgent(agent=agent, reason=reason), Draining)
 
     async def _watch(self, pulse_s: float, lease_s: float) -> None:
         """Gives up a coordinator that is silent: one that died says nothing, and calls would wait for long."""
@@ -310,7 +311,7 @@ class Client:
         self._inbox.close()
         await self._connection.close(Code.NO_ERROR)
 
-    async def _call(self, request: Message, blob: Blob | None, answer_type: type[AnswerT]) -> AnswerT:
+    async def _call(self, request: Message, answer_type: type[AnswerT], blob: Blob | None = None) -> AnswerT:
         channel = Channel(await self._connection.open_bi_stream(Priority.HIGH))
         try:
             async with _uploading(self._connection, channel, request, blob):

@@ -1,6 +1,5 @@
 """Bodies over the inline limit, through the whole system: questions, answers, outcomes, parts, truths."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     async with coordinating(tmp_path) as fleet:
         yield fleet
         await until(lambda: fleet.coordinator._gatherer.shelf.held_bytes == 0)
-        assert list((tmp_path / "spool").iterdir()) == []  # noqa: ASYNC240  an empty directory
+        assert list((tmp_path / "spool").iterdir()) == []
 
 
 class TestValues:
