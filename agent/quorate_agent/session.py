@@ -100,7 +100,7 @@ class Session:
         self._agent_id = agent_id
         self._apply = apply
         self._welcomed = welcomed
-        self._bodies = SessionBodies(connection, store, agent_id, apply)
+        self._bodies = SessionBodies(connection, store, agent_id, self._body_moved)
         self._control: BiStream | None = None
         self._coordination: BiStream | None = None
         #: Done when the session ends from this side: with the reason to say goodbye with, with None to go
@@ -157,6 +157,13 @@ class Session:
         self._send(self._coordination, message.to_frame())
         if isinstance(reply.body, BodyRef):
             self._bodies.send(reply.round, reply.attempt, reply.body)
+
+    def _body_moved(self, event: ev.Event) -> None:
+        self._apply(event)
+        if isinstance(event, ev.ReplyBodyDelivered) and self._coordination is not None:
+            # A large answer is not to be kept until the next pulse.
+            if not self._connection.is_closed and not self._coordination.unsent_bytes:
+                self._apply(ev.RepliesDelivered())
 
     def _end(self, reason: str | None) -> None:
         if not self._ending.done():

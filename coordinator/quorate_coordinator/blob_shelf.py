@@ -7,7 +7,7 @@ What no owner holds is let go of. Equal contents are one.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterator
 from typing import Final
 
 from quorate_protocol.blobs import Blob
@@ -134,11 +134,10 @@ def _refs_of(outcome: Outcome) -> Iterator[BodyRef]:
     yield from (result.bulk for result in outcome.results if result.bulk is not None)
 
 
-def contents_of(outcome: Outcome, known: Iterable[BodyRef] = ()) -> dict[BodyRef, Blob]:
-    """What has to be sent with an outcome, each body once: the answer, then what the agents said; but what is known."""
-    passed = set(known)
+def contents_of(outcome: Outcome, known: Container[bytes] = ()) -> dict[BodyRef, Blob]:
+    """What has to be sent with an outcome, each body once: the answer, then what the agents said; but known digests."""
     found: dict[BodyRef, Blob] = {}
     for ref in _refs_of(outcome):
-        if ref not in passed and isinstance(ref.content, Blob):
+        if ref.digest not in known and isinstance(ref.content, Blob):
             found[ref] = ref.content
     return found

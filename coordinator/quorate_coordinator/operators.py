@@ -84,8 +84,8 @@ class _Call:
     caller: Hello
     #: The large bodies that its operator sends.
     inbox: BulkInbox
-    #: The large bodies that it has been sent.
-    sent: set[BodyRef] = field(default_factory=set)
+    #: Digests of the large bodies that it has been sent.
+    sent: set[bytes] = field(default_factory=set)
 
 
 class Operators:
@@ -299,10 +299,14 @@ class Operators:
             if ask.bulk is not None:
                 # What was asked before need not be sent once more.
                 asking = self._gatherer.find_asked(ask, listener)
-                if asking is None:
+                if asking is not None:
+                    made.inbox.refuse(ask.bulk)
+                else:
                     ask = await _unless_withdrawn(watching, self._with_body(made, ask))
             if asking is None:
                 asking = self._gatherer.ask(ask, made.caller.id, listener)
+            # Whatever is raised from here on holds this frame: not the question with it.
+            del ask
             return await _follow(made, asking, told, watching)
         finally:
             watching.cancel()
@@ -347,7 +351,13 @@ async def _follow(
 
 def _check_not_withdrawn(watching: "asyncio.Future[Message | None]") -> None:
     """An operator may finish its side early and go on listening; a reset raises here."""
-    if watching.done() and watching.result() is not None:
+    if not watching.done():
+        return
+    error = watching.exception()
+    if error is not None:
+        # Afresh: the future keeps its own, which would keep all frames from here up.
+        raise error.again() if isinstance(error, QuorateError) else error
+    if watching.result() is not None:
         raise UnexpectedMessage("second", "on a call stream")
 
 
@@ -417,7 +427,7 @@ async def _send_contents(made: _Call, outcome: Outcome) -> None:
 
 
 async def _send_content(made: _Call, ref: BodyRef, blob: Blob, of: BulkOf, round_id: int) -> None:
-    made.sent.add(ref)
+    made.sent.add(ref.digest)
     try:
         async with asyncio.timeout(patience_s(ref)):
             await send_blob(made.connection, blob, header_for(blob, of, round=round_id))

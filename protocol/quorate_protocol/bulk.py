@@ -12,7 +12,7 @@
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -230,6 +230,8 @@ class BulkInbox:
         self._loop = asyncio.get_running_loop()
         self._unclaimed: dict[BodyRef, deque[_Arrival]] = {}
         self._claims: dict[BodyRef, deque[asyncio.Future[asyncio.Task[Blob]]]] = {}
+        #: How many bodies of a kind no message will claim.
+        self._refused: Counter[BodyRef] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beginning: set[asyncio.Task[None]] = set()
         self._end_error: QuorateError | None = None
@@ -284,7 +286,10 @@ class BulkInbox:
             return
         ref = header.ref
         claim = self._next_claim(ref)
-        if claim is None and not self._is_wanted(header):
+        if claim is None and self._refused[ref]:
+            self._refuse_one_less(ref)
+            stream.stop(Code.CANCELLED)
+        elif claim is None and not self._is_wanted(header):
             stream.stop(Code.UNEXPECTED_MESSAGE)
         elif claim is None and not self._has_room(header.size):
             stream.stop(Code.BUSY)
@@ -329,6 +334,19 @@ class BulkInbox:
         if receiving is not None:
             receiving.cancel()
 
+    def refuse(self, ref: BodyRef) -> None:
+        """A message has referred to a body that is not wanted: its stream is stopped, be it here or still to come."""
+        if ref in self._unclaimed:
+            self.drop(ref)
+        elif not self._is_closed:
+            self._refused[ref] += 1
+            self._loop.call_later(self._unclaimed_s, self._refuse_one_less, ref)
+
+    def _refuse_one_less(self, ref: BodyRef) -> None:
+        self._refused[ref] -= 1
+        if self._refused[ref] <= 0:
+            del self._refused[ref]
+
     def end(self, error: QuorateError) -> None:
         """No more streams come: whoever waits for one is told the error. Bodies that have begun to come go on."""
         if self._end_error is not None:
@@ -337,7 +355,7 @@ class BulkInbox:
         for claims in self._claims.values():
             for claim in claims:
                 if not claim.done():
-                    claim.set_exception(error.with_traceback(None))
+                    claim.set_exception(error.again())
         self._claims.clear()
 
     def close(self) -> None:
@@ -352,7 +370,7 @@ class BulkInbox:
 
     def _check_not_ended(self) -> None:
         if self._end_error is not None:
-            raise self._end_error.with_traceback(None)
+            raise self._end_error.again()
 
     def _spawn(self, work: Coroutine[Any, Any, T], stream: ReceiveStream) -> asyncio.Task[T]:
         def done(task: asyncio.Task[T]) -> None:

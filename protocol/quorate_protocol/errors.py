@@ -36,6 +36,7 @@ that code and never the text of an exception of ours.
 """
 
 from enum import IntEnum
+from typing import Self
 
 
 class Code(IntEnum):
@@ -61,6 +62,15 @@ class Code(IntEnum):
 
 class QuorateError(Exception):
     """Root of the tree."""
+
+    def again(self) -> Self:
+        """The same, to be raised where it is kept to be raised again.
+
+        The one that is raised holds the frames that it passes, and so bodies; kept, it would hold them for as long.
+        """
+        same = type(self).__new__(type(self), *self.args)
+        same.__dict__.update(self.__dict__)
+        return same
 
 
 class LocalError(QuorateError):
