@@ -160,10 +160,12 @@ class Session:
 
     def _body_moved(self, event: ev.Event) -> None:
         self._apply(event)
-        if isinstance(event, ev.ReplyBodyDelivered) and self._coordination is not None:
+        coordination = self._coordination
+        if not isinstance(event, ev.ReplyBodyDelivered) or coordination is None or self._connection.is_closed:
+            return
+        if not coordination.unsent_bytes:
             # A large answer is not to be kept until the next pulse.
-            if not self._connection.is_closed and not self._coordination.unsent_bytes:
-                self._apply(ev.RepliesDelivered())
+            self._apply(ev.RepliesDelivered())
 
     def _end(self, reason: str | None) -> None:
         if not self._ending.done():

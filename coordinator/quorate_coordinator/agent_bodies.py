@@ -101,7 +101,7 @@ class BodyDesk:
 class AgentBodies:
     """See the module."""
 
-    __slots__ = ("_agent", "_desk", "_feedback", "_replies", "_sending")
+    __slots__ = ("_agent", "_claimed", "_desk", "_feedback", "_replies", "_sending")
 
     def __init__(self, agent: str, desk: BodyDesk) -> None:
         self._agent = agent
@@ -110,6 +110,8 @@ class AgentBodies:
         self._sending: dict[int, dict[asyncio.Task[None], AgentLink]] = {}
         #: By round, the task that waits for the reply's body.
         self._replies: dict[int, asyncio.Task[None]] = {}
+        #: Those of them whose task has begun, and so claimed its body.
+        self._claimed: set[int] = set()
         #: Truths that have not been delivered.
         self._feedback: OrderedDict[int, tuple[Blob, Bulk]] = OrderedDict()
 
@@ -187,6 +189,7 @@ class AgentBodies:
     async def _receive(self, inbox: BulkInbox, reply: Reply, left_s: float) -> None:
         ref = reply.bulk
         assert ref is not None
+        self._claimed.add(reply.round)
         if ref.size > self._desk.store.size_bytes_max:
             error: QuorateError = BodyTooLarge(ref.size, self._desk.store.size_bytes_max)
         else:
@@ -217,6 +220,7 @@ class AgentBodies:
     def _received(self, round_id: int, task: asyncio.Task[None]) -> None:
         if self._replies.get(round_id) is task:
             del self._replies[round_id]
+            self._claimed.discard(round_id)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("answer_not_handed_on", agent=self._agent, round=round_id, exc_info=error)
 
@@ -233,7 +237,7 @@ class AgentBodies:
         return (
             header.of == "reply"
             and header.size <= self._desk.store.size_bytes_max
-            and header.round not in self._replies
+            and header.round not in self._claimed
             and self._desk.awaits_s(self._agent, header.round, None) > 0
         )
 
@@ -243,6 +247,7 @@ class AgentBodies:
         """The round is over for the agent: what is on its way in either direction is given up."""
         for task in self._sending.pop(round_id, ()):
             task.cancel()
+        self._claimed.discard(round_id)
         receiving = self._replies.pop(round_id, None)
         if receiving is not None:
             receiving.cancel()
