@@ -1,8 +1,8 @@
 """What the journal holds: five kinds of records, each a msgpack map of its fields. Pure.
 
 A field that has its default is left out, and a key that is not known is passed over, so that a later version can add
-fields. Times are seconds; floats are kept exactly. Bodies are opaque, as on the wire;
-of a large one, that was no part of its message, its size and digest are kept.
+fields. Times are seconds; floats are kept exactly. Bodies are opaque, as on the wire; of a large one, which was no
+part of its message, size and digest are kept.
 """
 
 from collections.abc import Callable, Mapping
