@@ -9,6 +9,9 @@ ARGS   ?=
 # Seconds for each fuzz test in `make fuzz`; without it, in `make test`, each looks for some seconds only.
 FUZZ_SECONDS ?= 60
 
+# Seconds that `make kill` lasts; `make test` takes twelve of them.
+KILL_SECONDS ?= 60
+
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -32,7 +35,8 @@ GET_VENV := test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo 'Insta
 help: ## list the targets
 	@printf 'Quorate. Targets:\n\n'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\nVariables: PYTHON=%s VENV=%s ARGS="..." (for demo, test, fuzz and bench) FUZZ_SECONDS=%s\n' '$(PYTHON)' '$(VENV)' '$(FUZZ_SECONDS)'
+	@printf '\nVariables: PYTHON=%s VENV=%s ARGS="..." (for demo, test, fuzz, kill and bench) FUZZ_SECONDS=%s KILL_SECONDS=%s\n' \
+	    '$(PYTHON)' '$(VENV)' '$(FUZZ_SECONDS)' '$(KILL_SECONDS)'
 
 .PHONY: demo
 demo: $(STAMP) ## one coordinator and six agents on a real data set (ARGS="--dataset phishing")
@@ -46,6 +50,11 @@ test: lint ## lint, then all tests (ARGS="-k settings")
 fuzz: $(STAMP) ## look for trouble in the wire and the transport (FUZZ_SECONDS=600 for most tests; 60)
 	@[[ '$(FUZZ_SECONDS)' =~ ^[0-9]+([.][0-9]+)?$$ ]] || { echo 'FUZZ_SECONDS is a number of seconds, and not $(FUZZ_SECONDS)' >&2; exit 2; }
 	@QUORATE_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz --timeout=0 $(ARGS)
+
+.PHONY: kill
+kill: $(STAMP) ## kill -9 coordinator and agents under load, then audit the journal (KILL_SECONDS=600 for longer; 60)
+	@[[ '$(KILL_SECONDS)' =~ ^[0-9]+([.][0-9]+)?$$ ]] || { echo 'KILL_SECONDS is a number of seconds, and not $(KILL_SECONDS)' >&2; exit 2; }
+	@QUORATE_KILL_SECONDS=$(KILL_SECONDS) $(BIN)/python -m pytest tests/faults/test_kill.py -s $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, the formatter's check, mypy

@@ -13,8 +13,8 @@
         model.learn_one(features, label)
 
 A feedback handler never runs while another handler of the same agent runs, so a model needs no lock.
-Sync handlers run in threads, so that heartbeats go on; async ones run on the event loop and must not
-block it.
+Sync handlers run in threads, so that heartbeats go on, or in processes of their own (`processes`), so that
+they go on whatever the handlers do; async ones run on the event loop and must not block it.
 """
 
 import inspect
@@ -25,11 +25,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from quorate_agent.events import StartAssignment, StartFeedback
 from quorate_agent.handlers import AgentInvalid, HandlerFunction, inspect_handler
+from quorate_agent.source import Source
 from quorate_protocol.errors import Code, ConnectionClosed
 from quorate_protocol.fields import Name
 from quorate_protocol.limits import LABELS_MAX, TASKS_MAX, TEXT_CHARS_MAX
@@ -46,6 +48,9 @@ _NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 #: Handlers of one agent that may run at once: each sync one needs a thread.
 CONCURRENCY_MAX = 256
+
+#: Processes of one agent: each holds an interpreter and a copy of all that the agent's module loads.
+PROCESSES_MAX: Final = 64
 
 
 def _no_link() -> Any:
@@ -74,7 +79,7 @@ class Context:
     streams: "StreamsSource" = field(default=_no_link, repr=False, compare=False)
 
     async def open_stream(self, topic: str, *, priority: "Priority | None" = None) -> "OwnStream":
-        """Opens a stream of this agent's own that goes along with the round; for async handlers.
+        """Opens a stream of this agent's own that goes along with the round. For async handlers alone.
 
         It is given up when the round is cancelled. `priority` is its sending class; None is NORMAL.
 
@@ -84,6 +89,19 @@ class Context:
         stream = await self.streams().open_stream(topic, priority=priority, round=self.round)
         self.opened.append(stream)
         return stream
+
+    @classmethod
+    def of(
+        cls,
+        start: StartAssignment | StartFeedback,
+        agent_id: str,
+        cancelled: threading.Event,
+        streams: "StreamsSource" = _no_link,
+    ) -> "Context":
+        """What the handler of this work is told."""
+        if isinstance(start, StartFeedback):
+            return cls(start.round, start.task, agent_id, cancelled=cancelled, streams=streams)
+        return cls(start.round, start.task, agent_id, start.attempt, start.deadline, cancelled, streams=streams)
 
     @property
     def remaining_s(self) -> float:
@@ -98,20 +116,33 @@ class Agent:
         name: Identity in the fleet; None lets who runs the agent choose. Two agents of one name push
             each other out.
         labels: What operators select agents by.
-        concurrency: Assignments whose handlers may run at once.
+        concurrency: Assignments whose handlers may run at once; None means one for each process, or one.
+        processes: Processes that run the sync handlers; with 0, threads do. Each loads the agent again from its
+            module and has its own copy of all there is in it. Feedback runs in each; one that had to be
+            replaced knows nothing of what came before: an agent that must not forget takes 1 and survives as
+            long as that one does. A program that calls `run` does so under `if __name__ == "__main__"`, because
+            the processes import its module.
 
     Raises:
         AgentInvalid: a name, label or number is out of bounds.
     """
 
     def __init__(
-        self, name: str | None = None, *, labels: Mapping[str, str] | None = None, concurrency: int = 1
+        self,
+        name: str | None = None,
+        *,
+        labels: Mapping[str, str] | None = None,
+        concurrency: int | None = None,
+        processes: int = 0,
     ) -> None:
         if name is not None:
             check_name("agent name", name)
         self.name = name
         self.labels: Mapping[str, str] = MappingProxyType(check_labels(labels or {}))
-        self.concurrency = check_concurrency(concurrency)
+        self.processes = check_processes(processes)
+        self.concurrency = max(1, processes) if concurrency is None else check_concurrency(concurrency)
+        #: How it was loaded; None when it was not by `load_agent`.
+        self.source: Source | None = None
         self._handlers: dict[str, HandlerFunction] = {}
         self._feedback_handlers: dict[str, HandlerFunction] = {}
         self._backgrounds: list[Background] = []
@@ -182,6 +213,15 @@ class Agent:
 
         return register
 
+    def set_processes(self, processes: int) -> None:
+        """Another number of processes; concurrency rises to it where it is lower.
+
+        Raises:
+            AgentInvalid: the number is out of bounds.
+        """
+        self.processes = check_processes(processes)
+        self.concurrency = max(self.concurrency, processes)
+
     def background(self, function: B) -> B:
         """Registers an async function of `(streams)` that runs while there is a link: sensors, say.
 
@@ -206,7 +246,8 @@ class Agent:
         """Whether the agent can start.
 
         Raises:
-            AgentInvalid: it has no task, or feedback for a task that it does not have.
+            AgentInvalid: it has no task, or feedback for a task that it does not have, or its handlers
+                cannot run in the processes that it wants.
         """
         if not self._handlers:
             raise AgentInvalid('the agent has no tasks: decorate a function with @agent.task("name")')
@@ -215,6 +256,25 @@ class Agent:
                 known = ", ".join(repr(task) for task in self._handlers)
                 raise AgentInvalid(
                     f"feedback handler {_name_of(function)} is for {name!r}, which is no task of this agent ({known})"
+                )
+        if self.processes:
+            self._check_for_processes()
+
+    def _check_for_processes(self) -> None:
+        is_async = {
+            task: inspect_handler(function, task=task, kind="task").is_async
+            for task, function in self._handlers.items()
+        }
+        if all(is_async.values()):
+            raise AgentInvalid(
+                f"processes is {self.processes}, but all tasks have async handlers, which run on the event loop: "
+                "make those that compute plain functions"
+            )
+        for task, function in self._feedback_handlers.items():
+            if inspect_handler(function, task=task, kind="feedback").is_async != is_async[task]:
+                raise AgentInvalid(
+                    f"of task {task!r} one of handler and feedback handler is async and the other is not: with "
+                    "processes they would not share a model; make both plain functions"
                 )
 
     async def run(
@@ -229,7 +289,7 @@ class Agent:
         """Joins the coordinator at `url` and works until cancelled; reconnects by itself, endlessly.
 
         Cancelling it closes the connection at once and cancels what runs; sync handlers that do not
-        look at `context.cancelled` finish in their threads, unheard.
+        look at `context.cancelled` finish in their threads, unheard; processes get two seconds for it.
 
         Args:
             url: Such as `quic://coordinator.example:4433`.
@@ -239,10 +299,15 @@ class Agent:
             drain_timeout_s: How long handlers may finish after the coordinator began to drain.
 
         Raises:
-            AgentInvalid: see `check`; or there is neither an id nor a name.
+            AgentInvalid: see `check`; or there is neither an id nor a name; or processes cannot load the agent.
             Refused: the coordinator does not let this agent in, and will not later (a wrong token).
             ConnectionClosed: with code `REPLACED`: another agent took the id.
         """
+        if _is_child:
+            raise AgentInvalid(
+                "this program runs its agent whenever it is imported, which each process of the agent does: put the "
+                'call of run(...) under if __name__ == "__main__":'
+            )
         from quorate_agent.worker import Worker  # the shell needs the agent's types, not the other way round
 
         chosen = id if id is not None else self.name
@@ -291,6 +356,27 @@ def check_concurrency(value: object) -> int:
     if type(value) is not int or not 1 <= value <= CONCURRENCY_MAX:
         raise AgentInvalid(f"concurrency is {value!r}; it must be a whole number from 1 to {CONCURRENCY_MAX}")
     return value
+
+
+def check_processes(value: object) -> int:
+    """`value`, when it may be a number of processes for handlers.
+
+    Raises:
+        AgentInvalid: it may not.
+    """
+    if type(value) is not int or not 0 <= value <= PROCESSES_MAX:
+        raise AgentInvalid(f"processes is {value!r}; it must be a whole number from 0 (threads) to {PROCESSES_MAX}")
+    return value
+
+
+#: Whether this process runs the handlers of an agent that another process is.
+_is_child = False
+
+
+def become_child() -> None:
+    """From now on no agent runs in this process by itself, or each child would start children of its own."""
+    global _is_child
+    _is_child = True
 
 
 def make_name(text: str) -> str:

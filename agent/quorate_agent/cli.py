@@ -131,6 +131,16 @@ def run(
         int | None,
         typer.Option(metavar="N", help="Assignments to work on at once, instead of the agent's own number.", min=1),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes that run plain (not async) handlers, instead of the agent's own number; 0 runs them in "
+            "threads. For handlers that compute for seconds. Each has its own copy of the agent, and learns from all "
+            "feedback; at least N assignments are worked on at once.",
+            min=0,
+        ),
+    ] = None,
     drain_timeout: Annotated[
         float,
         typer.Option(metavar="SECONDS", help="How long handlers may finish after SIGTERM or SIGINT.", min=0),
@@ -159,6 +169,8 @@ def run(
     from quorate_protocol.transport.address import parse_url
 
     try:
+        if processes is not None:
+            agent.set_processes(processes)
         worker = Worker(
             agent,
             str(parse_url(coordinator)),
@@ -189,6 +201,7 @@ def check(target: TargetArgument, settings: SetOption = None) -> None:
     agent = _load(target, settings)
     typer.echo(f"name: {agent.name or '(chosen when it runs)'}")
     typer.echo(f"concurrency: {agent.concurrency}")
+    typer.echo(f"processes: {agent.processes or 'none, plain functions run in threads'}")
     for key, value in agent.labels.items():
         typer.echo(f"label: {key}={value}")
     for task in agent.tasks:

@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from quorate_agent.agent import Agent
+from quorate_agent.calling import describe
 from quorate_agent.handlers import AgentInvalid
-from quorate_agent.running import describe
+from quorate_agent.source import Source
 
 
 class LoadFailed(Exception):
@@ -54,6 +55,9 @@ def load_agent(target: str, settings: Mapping[str, str] | None = None) -> Agent:
         agent.check()
     except AgentInvalid as error:
         raise LoadFailed(f"{target}: {error}") from error
+    if module_name.endswith(".py"):
+        module_name = str(Path(module_name).resolve())  # the user's module may change the directory
+    agent.source = Source(f"{module_name}:{attribute}", dict(settings or {}))
     return agent
 
 

@@ -190,13 +190,20 @@ class Worker:
 
         Raises:
             ConfigurationError: the URL is none, or the authorities' file cannot be read.
+            AgentInvalid: the agent's processes cannot load it.
         """
         runner = self._runner = HandlerRunner(
-            self._agent, self._agent_id, self._concurrency, self._apply, self._streams_of_link
+            self._agent,
+            self._agent_id,
+            self._concurrency,
+            self._apply,
+            self._streams_of_link,
+            lambda: self._core.queued,
         )
         self._store = make_private_store()
-        self._alone_since = _now()
         try:
+            await self._unless_stopped(runner.open())
+            self._alone_since = _now()
             while self._ending is None:
                 if not self._core.wants_link:
                     # Asked to stop while there is no link, and nobody waits for it: what runs may finish.

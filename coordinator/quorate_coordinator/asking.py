@@ -47,16 +47,18 @@ class Asking:
         for listener in self._listeners:
             listener(message)
 
-    def withdraw(self) -> None:
+    def withdraw(self, listener: Listener | None) -> None:
         """Somebody who waited does not want it any more. When nobody does, the round is cancelled."""
-        self._leave(cancels=True)
+        self._leave(listener, cancels=True)
 
-    def leave(self) -> None:
+    def leave(self, listener: Listener | None) -> None:
         """Somebody who waited is gone, and may come back for a round that has a key. Any other is cancelled."""
-        self._leave(cancels=self.question.key is None)
+        self._leave(listener, cancels=self.question.key is None)
 
-    def _leave(self, *, cancels: bool) -> None:
+    def _leave(self, listener: Listener | None, *, cancels: bool) -> None:
         self._waiting -= 1
+        if listener is not None:
+            self._listeners.remove(listener)
         if self._waiting <= 0 and cancels and not self.outcome.done():
             self._cancel(self)
 

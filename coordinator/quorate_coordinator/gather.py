@@ -19,7 +19,7 @@ from quorate_coordinator.blob_shelf import BlobShelf
 from quorate_coordinator.idempotency import Keys, check_same, digest_of, is_final
 from quorate_coordinator.journal.records import Record, RoundClosed
 from quorate_coordinator.learner.api import Experience, Learner
-from quorate_coordinator.ledger import Announcement, LearnerFailed, Ledger, Question, book_outcome_of, outcome_of
+from quorate_coordinator.ledger import Announcement, Ledger, Question, as_told, book_outcome_of, outcome_of
 from quorate_coordinator.planning import Candidates, Planner
 from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits, RoundBook
@@ -33,9 +33,6 @@ from quorate_coordinator.rounds.events import (
     RoundCancelled,
     TimerFired,
     TruthRevealed,
-)
-from quorate_coordinator.rounds.instructions import (
-    AgentResult as BookResult,
 )
 from quorate_coordinator.rounds.instructions import (
     AnnounceDrained,
@@ -61,7 +58,6 @@ from quorate_protocol.errors import CallFailed, ConfigurationError, FrameMalform
 from quorate_protocol.fields import Body, BodyRef, place
 from quorate_protocol.limits import CONNECTIONS_MAX
 from quorate_protocol.messages import (
-    AgentResult,
     Ask,
     Assignment,
     Bulk,
@@ -113,14 +109,20 @@ class Recorder(Protocol):
     def is_full(self) -> bool:
         """Whether so much waits to be written that nothing more should."""
 
-    def append(self, record: Record, at: float) -> int:
-        """Queues a record, made at `at` (Unix seconds); returns its number. `Gatherer.committed` is called later."""
+    def append(self, record: Record, at: float, *, hurried: bool) -> int:
+        """Queues a record, made at `at` (Unix seconds); returns its number. `Gatherer.committed` is called later.
+
+        One that is not hurried may wait for another to share a commit with.
+        """
 
     def append_checkpoint(self, seq: int, snapshot: bytes) -> None:
         """Queues the learner's state after all records up to `seq`."""
 
     def find_key(self, key: str) -> RoundClosed | None:
         """The last round that was closed under a key."""
+
+    def has_truth(self, round_id: int) -> bool:
+        """Whether the truth of a round is recorded."""
 
 
 class Gatherer:
@@ -154,9 +156,9 @@ class Gatherer:
         self._rounds_since_checkpoint = 0
         #: Numbers of the last record, and of the last that a checkpoint covers.
         self._last_seq = self._checkpoint_seq = 0
-        #: Number of the last record that is durable; and how many became so since the start.
+        #: Number of the last record that is durable; how many became so since the start, and in how many commits.
         self._committed_seq = first_seq - 1
-        self.records_total = 0
+        self.records_total = self.commits_total = 0
         self._observe_duration = observe_duration
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -182,8 +184,14 @@ class Gatherer:
         """What combines and learns."""
         return self.ledger.learner
 
-    def recall(self, awaiting: Iterable[RoundClosed]) -> None:
-        """Remembers rounds of earlier runs, oldest first, for their truth. Before any other call."""
+    def recall(self, awaiting: Iterable[RoundClosed], replayed: int) -> None:
+        """Takes up what earlier runs left. Before any other call.
+
+        Args:
+            awaiting: rounds whose truth may come, oldest first.
+            replayed: records that no checkpoint covers: however often a coordinator dies, they must not pile up.
+        """
+        self._rounds_since_checkpoint = replayed
         for closed in awaiting:
             for instruction in self.book.recall(book_outcome_of(closed)):
                 self._carry_out(instruction)
@@ -253,6 +261,11 @@ class Gatherer:
         try:
             self.handle(TruthRevealed(request_id, reveal.round, truth))
             return await future
+        except CallFailed as error:
+            if self._recorder is None or error.reason != "unknown-round" or not self._recorder.has_truth(reveal.round):
+                raise
+            # Told to an earlier run, say, that died before it could answer.
+            raise CallFailed("already-revealed", f"the truth of round {reveal.round} has been told before") from None
         finally:
             del self._reveals[request_id]
             self.shelf.drop(("truth", request_id))
@@ -371,7 +384,7 @@ class Gatherer:
         asking = self._asks.pop(request_id, None)
         if asking is not None:
             if asking.question.key is not None:
-                self._keys.drop(asking.question.key)
+                self._keys.drop(asking.question.key, request_id)
             asking.fail(error)
         revealing = self._reveals.get(request_id)
         if revealing is not None and not revealing.done():
@@ -406,7 +419,7 @@ class Gatherer:
                 self._send_body(instruction.agents, instruction.body, "assignment", instruction.round)
             case TellPart(request_id, round_id, result):
                 if (asking := self._asks.get(request_id)) is not None:
-                    asking.tell(Part(round=round_id, result=self.shelf.fill_result(_as_told(result))))
+                    asking.tell(Part(round=round_id, result=self.shelf.fill_result(as_told(result))))
             case SendCancellation():
                 frame = Cancellation(round=instruction.round, reason=clip_text(instruction.reason)).to_frame()
                 self._fleet.send(instruction.agents, frame)
@@ -471,7 +484,11 @@ class Gatherer:
         )
         self.shelf.drop(("question", closed.request_id))
         asking = self._asks.get(closed.request_id)  # none where its opening could not be carried out
-        record, outcome = self.ledger.close(closed, Question() if asking is None else asking.question)
+        question = Question() if asking is None else asking.question
+        record, outcome = self.ledger.close(closed, question)
+        if question.key is not None and not is_final(outcome):
+            # Whoever asks again from now on wants a new round, and not to hear how this one came to nothing.
+            self._keys.drop(question.key, closed.request_id)
         self._record(record, Announcement(closed.request_id, outcome))
 
     def _count_reply(self, agent: str, status: str) -> None:
@@ -484,14 +501,13 @@ class Gatherer:
                 del self.agent_replies_total[forgotten, old]
 
     def _learn(self, instruction: LearnTruth) -> None:
-        try:
-            record, revealed = self.ledger.learn(instruction)
-        except LearnerFailed:
-            number = instruction.outcome.round
-            message = f"the learner failed to learn from round {number}; the coordinator's log says more"
+        record, revealed = self.ledger.learn(instruction)
+        if revealed is not None:
+            self._record(record, Announcement(instruction.request_id, revealed))
+        else:
+            self._record(record)
+            message = f"the learner failed to learn from round {record.round}; the coordinator's log says more"
             self._answer_error(instruction.request_id, CallFailed("internal", message))
-            return
-        self._record(record, Announcement(instruction.request_id, revealed))
 
     # --- recording ---
 
@@ -501,12 +517,11 @@ class Gatherer:
             if announcement is not None:
                 self._announce(announcement)
             return
-        seq = self._last_seq = self._recorder.append(record, time.time())
+        seq = self._last_seq = self._recorder.append(record, time.time(), hurried=announcement is not None)
         if announcement is not None:
+            self.ledger.hold(seq, announcement)
             if self.recording_problem:
                 self._answer_unrecorded(announcement)
-            else:
-                self.ledger.hold(seq, announcement)
         self._rounds_since_checkpoint += isinstance(record, RoundClosed)
         if self._rounds_since_checkpoint >= self._checkpoint_rounds:
             self.checkpoint()
@@ -516,12 +531,17 @@ class Gatherer:
         if self._recorder is not None and self._last_seq != self._checkpoint_seq:
             self._rounds_since_checkpoint = 0
             self._checkpoint_seq = self._last_seq
-            self._recorder.append_checkpoint(self._last_seq, self.learner.snapshot())
+            try:
+                self._recorder.append_checkpoint(self._last_seq, self.learner.snapshot())
+            except Exception:
+                # The records are there: a restart takes longer, and that is all.
+                log.exception("checkpoint_failed", seq=self._last_seq)
 
     def committed(self, seq: int) -> None:
         """The journal has made all records up to `seq` durable."""
         self.records_total += seq - self._committed_seq
         self._committed_seq = seq
+        self.commits_total += 1
         for announcement in self.ledger.committed(seq):
             self._announce(announcement)
 
@@ -529,7 +549,7 @@ class Gatherer:
         """Records cannot be made durable: nothing is taken until they can, and who waits is told."""
         log.error("recording_failed", problem=problem)
         self.recording_problem = problem
-        for announcement in self.ledger.give_up():
+        for announcement in self.ledger.unannounced():
             self._answer_unrecorded(announcement)
 
     def recording_recovered(self) -> None:
@@ -547,33 +567,23 @@ class Gatherer:
         asking = self._asks.pop(announcement.request_id, None)
         if asking is not None:
             if asking.question.key is not None:
-                self._keys.keep(asking.question.key, answer)
+                self._keys.keep(asking.question.key, announcement.request_id, answer)
                 if is_final(answer):
                     self.shelf.keep(asking.question.key, answer)
             asking.answer(self.shelf.fill_outcome(answer))
         self.shelf.drop(("answers", answer.round))
 
     def _answer_unrecorded(self, announcement: Announcement) -> None:
-        number = announcement.answer.round
-        self.shelf.drop(("answers", number))
-        message = (
-            f"round {number} is over, but that cannot be recorded now: {self.recording_problem}; "
-            "ask again later (under the same key, if it has one)"
-        )
-        self._answer_error(announcement.request_id, CallFailed("not-recorded", message, retry=True))
+        """Answers who waits. The announcement stays held: a key is that round's until it is known whether it lasts."""
+        number, why = announcement.answer.round, self.recording_problem
+        if isinstance(announcement.answer, Revealed):
+            message = f"the truth of round {number} is told, but that cannot be recorded now: {why}"
+            self._answer_error(announcement.request_id, CallFailed("not-recorded", message, retry=True))
+        elif (asking := self._asks.get(announcement.request_id)) is not None:
+            again = "ask again later" + ("" if asking.question.key is None else " under the same key")
+            message = f"round {number} is over, but that cannot be recorded now: {why}; {again}"
+            asking.fail(CallFailed("not-recorded", message, retry=True))
 
 
 def _question_of(ask: Ask) -> Question:
     return Question() if ask.key is None else Question(ask.key, digest_of(ask))
-
-
-def _as_told(result: BookResult) -> AgentResult:
-    return AgentResult(
-        agent=result.agent,
-        status=result.status,
-        **place(result.body),
-        error=clip_text(result.error),
-        latency_s=result.latency_s,
-        compute_s=result.compute_s,
-        waited_s=result.waited_s,
-    )

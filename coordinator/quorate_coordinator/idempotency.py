@@ -73,15 +73,19 @@ class Keys:
         self._drop_kept(key)
         self._in_flight[key] = Keyed(digest, request_id)
 
-    def drop(self, key: str) -> None:
-        """There was no round, or it came to nothing: the key is free."""
-        self._in_flight.pop(key, None)
+    def drop(self, key: str, request_id: int) -> None:
+        """There was no round, or it came to nothing: the key is free, where another call has not taken it since."""
+        keyed = self._in_flight.get(key)
+        if keyed is not None and keyed.request_id == request_id:
+            del self._in_flight[key]
 
-    def keep(self, key: str, outcome: Outcome) -> None:
-        """The outcome under a key was announced."""
-        keyed = self._in_flight.pop(key, None)
-        if keyed is None or not is_final(outcome):
+    def keep(self, key: str, request_id: int, outcome: Outcome) -> None:
+        """The outcome of a call under a key was announced."""
+        keyed = self._in_flight.get(key)
+        if keyed is None or keyed.request_id != request_id or not is_final(outcome):
+            self.drop(key, request_id)
             return
+        del self._in_flight[key]
         bodies = sum(len(result.body or b"") + len(result.error) for result in outcome.results)
         keyed.request_id, keyed.outcome = None, outcome
         keyed.size_bytes = _OUTCOME_BYTES + _RESULT_BYTES * len(outcome.results) + bodies + len(outcome.answer or b"")

@@ -56,10 +56,6 @@ class Announcement:
     answer: Outcome | Revealed
 
 
-class LearnerFailed(Exception):
-    """The learner raised; what it was given is recorded and changes nothing else."""
-
-
 class Ledger:
     """See the module. One writer."""
 
@@ -127,18 +123,19 @@ class Ledger:
         )
         return record, outcome_of(record)
 
-    def learn(self, told: LearnTruth) -> tuple[TruthTold, Revealed]:
-        """Scores a round's agents.
+    def learn(self, told: LearnTruth) -> tuple[TruthTold, Revealed | None]:
+        """Scores a round's agents: the record, and what to announce once that is durable.
 
-        Raises:
-            LearnerFailed: the learner did; there is nothing to record.
+        A learner that raises has nothing to announce. The truth is recorded all the same: it was told, and what the
+        learner made of it before it failed is part of its state, which replay makes again.
         """
         closed = told.outcome
         report = self._learn(closed.round, closed.task, closed.results, told.truth)
-        revealed = Revealed(
-            round=closed.round, correct=report.correct, right=dict(report.agents), weights=dict(report.weights)
-        )
-        return TruthTold(closed.round, told.truth), revealed
+        record = TruthTold(closed.round, told.truth)
+        if report is None:
+            return record, None
+        right, weights = dict(report.agents), dict(report.weights)
+        return record, Revealed(round=closed.round, correct=report.correct, right=right, weights=weights)
 
     def take_late(self, late: OfferLateReply) -> ReplyLate:
         """Offers a late reply to the learner."""
@@ -169,11 +166,9 @@ class Ledger:
             free.append(self._held.popleft()[1])
         return free
 
-    def give_up(self) -> list[Announcement]:
-        """Records do not become durable: what was held is let go, to be answered as not recorded."""
-        held = [announcement for _, announcement in self._held]
-        self._held.clear()
-        return held
+    def unannounced(self) -> list[Announcement]:
+        """What is held, in order. It stays: records that cannot be written now may still become durable."""
+        return [announcement for _, announcement in self._held]
 
     # --- recovery ---
 
@@ -182,8 +177,7 @@ class Ledger:
         match record:
             case RoundClosed():
                 self._combine(record.round, record.task, record.state, record.results)
-                if record.answer is not None:
-                    self._answers[record.round] = record.answer
+                self.recall(record)
             case TruthTold():
                 raise AssertionError("a truth is replayed with its round: `replay_truth`")
             case ReplyLate():
@@ -195,17 +189,20 @@ class Ledger:
 
     def replay_truth(self, closed: RoundClosed, told: TruthTold) -> None:
         """Makes the learner's call that made the record `told`."""
-        if closed.answer is not None:
-            self._answers[closed.round] = closed.answer
-        try:
-            self._learn(closed.round, closed.task, closed.results, told.truth)
-        except LearnerFailed:
-            log.error("truth_not_replayed", round=told.round)
+        self.recall(closed)
+        self._learn(closed.round, closed.task, closed.results, told.truth)
 
     def recall(self, closed: RoundClosed) -> None:
-        """Remembers the answer of a round of an earlier run, whose truth may come."""
+        """Remembers the answer that was announced of a round, whose truth may come."""
+        self._answers.pop(closed.round, None)
         if closed.answer is not None:
             self._answers[closed.round] = closed.answer
+
+    def recalled(self, awaiting: Iterable[RoundClosed]) -> None:
+        """The replay is over: only the truths of these rounds may still come."""
+        self._answers.clear()
+        for closed in awaiting:
+            self.recall(closed)
 
     # --- the learner ---
 
@@ -222,13 +219,16 @@ class Ledger:
             self._answers[round_id] = answer.body
         return answer
 
-    def _learn(self, round_id: int, task: str, results: Iterable[BookResult | RecordedResult], truth: Body) -> Report:
+    def _learn(
+        self, round_id: int, task: str, results: Iterable[BookResult | RecordedResult], truth: Body
+    ) -> Report | None:
+        """What the learner says; None where it raised."""
         seen = _as_learner_sees(round_id, task, results, self._answers.pop(round_id, None))
         try:
             return self.learner.learn(seen, truth)
-        except Exception as error:
+        except Exception:
             log.exception("learner_failed_to_learn", round=round_id, task=task)
-            raise LearnerFailed from error
+            return None
 
     def _offer(self, late: ReplyLate) -> None:
         try:
@@ -253,21 +253,23 @@ def outcome_of(closed: RoundClosed) -> Outcome:
         quorum=closed.quorum,
         **place(closed.answer, "answer"),
         support=closed.support,
-        results=[
-            AgentResult(
-                agent=result.agent,
-                status=result.status,
-                **place(result.body),
-                error=result.error,
-                latency_s=result.latency_s,
-                compute_s=result.compute_s,
-                waited_s=result.waited_s,
-                weight=closed.weights.get(result.agent),
-            )
-            for result in closed.results
-        ],
+        results=[as_told(result, closed.weights.get(result.agent)) for result in closed.results],
         duration_s=closed.duration_s,
         reason=closed.reason,
+    )
+
+
+def as_told(result: BookResult | RecordedResult, weight: float | None = None) -> AgentResult:
+    """One agent's part as an operator is told it."""
+    return AgentResult(
+        agent=result.agent,
+        status=result.status,
+        **place(result.body),
+        error=clip_text(result.error),
+        latency_s=result.latency_s,
+        compute_s=result.compute_s,
+        waited_s=result.waited_s,
+        weight=weight,
     )
 
 

@@ -172,11 +172,14 @@ class _StateCollector(Collector):
         gatherer, recording = sources.gatherer, sources.recording
         failing = float(bool(gatherer.recording_problem))
         yield _gauge("quorate_journal_failing", "1 while nothing can be recorded.", [], {(): failing})
-        durable = pending_bytes = file_bytes = 0
+        durable = commits = pending_bytes = file_bytes = damaged = 0
         if recording is not None:
-            durable, pending_bytes = gatherer.records_total, recording.journal.pending_bytes
-            file_bytes = recording.file_bytes
+            durable, commits = gatherer.records_total, gatherer.commits_total
+            pending_bytes = recording.journal.pending_bytes
+            file_bytes, damaged = recording.file_bytes, recording.damaged_total
         yield _counter("quorate_journal_records", "Records that became durable.", [], {(): durable})
+        yield _counter("quorate_journal_commits", "Commits that made records durable.", [], {(): commits})
+        yield _counter("quorate_journal_damaged", "Times that something read was not as written.", [], {(): damaged})
         yield _gauge("quorate_journal_pending_bytes", "Bytes that wait for the disk.", [], {(): pending_bytes})
         yield _gauge("quorate_journal_file_bytes", "Size of the journal and its log.", [], {(): file_bytes})
 

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from quorate_coordinator.agent_bodies import explain_refusal, refusal_of
-from quorate_coordinator.asking import Asking
+from quorate_coordinator.asking import Asking, Listener
 from quorate_coordinator.blob_shelf import contents_of
 from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.serving import first_of, refuse_streams
@@ -307,7 +307,7 @@ class Operators:
                 asking = self._gatherer.ask(ask, made.caller.id, listener)
             # Whatever is raised from here on holds this frame: not the question with it.
             del ask
-            return await _follow(made, asking, told, watching)
+            return await _follow(made, asking, told, watching, listener)
         finally:
             watching.cancel()
             await asyncio.wait((watching,))
@@ -320,10 +320,10 @@ async def _follow(
     asking: Asking,
     told: "asyncio.Queue[Opened | Part | None]",
     watching: "asyncio.Future[Message | None]",
+    listener: Listener | None,
 ) -> Outcome:
     """The outcome of a round that was joined, after all that a streamed call is told before."""
     telling = asyncio.ensure_future(_tell(made, told))
-    is_withdrawn = False
     try:
         await asyncio.wait((asking.outcome, watching, telling), return_when=asyncio.FIRST_COMPLETED)
         if not asking.outcome.done():
@@ -334,15 +334,13 @@ async def _follow(
         told.put_nowait(None)
         await telling
         return outcome
-    except (StreamError, ProtocolError):
-        is_withdrawn = True
-        raise
     finally:
-        # First of all: the connection's end cancels this once more while it waits.
-        if is_withdrawn:
-            asking.withdraw()
+        # First of all: the connection's end cancels this once more while it waits. Who resets the call
+        # withdraws it, also where the connection ends right after.
+        if _is_withdrawn(watching, telling):
+            asking.withdraw(listener)
         else:
-            asking.leave()
+            asking.leave(listener)
         telling.cancel()
         await asyncio.wait((telling,))
         if not telling.cancelled():
@@ -359,6 +357,16 @@ def _check_not_withdrawn(watching: "asyncio.Future[Message | None]") -> None:
         raise error.again() if isinstance(error, QuorateError) else error
     if watching.result() is not None:
         raise UnexpectedMessage("second", "on a call stream")
+
+
+def _is_withdrawn(watching: "asyncio.Future[Message | None]", telling: "asyncio.Future[None]") -> bool:
+    """Whether the operator has reset or stopped the call's stream, or broken the protocol on it."""
+    for task in (watching, telling):
+        if task.done() and not task.cancelled():
+            error = task.exception()
+            if isinstance(error, StreamError | ProtocolError) or (error is None and task.result() is not None):
+                return True
+    return False
 
 
 async def _unless_withdrawn(watching: "asyncio.Future[Message | None]", work: Coroutine[Any, Any, T]) -> T:

@@ -38,6 +38,8 @@ class Recording:
         #: Number of the first record of this run.
         self.first_seq: Final = first_seq
         self._reader = reader
+        #: Times that something was read that is not as it was written.
+        self.damaged_total = len(recovered.damaged)
 
     @classmethod
     def open(
@@ -60,14 +62,19 @@ class Recording:
         began_at = time.monotonic()
         journal = Journal.open(settings.state_dir / JOURNAL_NAME, sync=settings.journal.sync)
         first_seq = journal.last_seq + 1
+        reader: JournalReader | None = None
         try:
             reader = JournalReader(journal.file)
             recovered = recover(reader, make_learner, restore_learner, remembered_max=settings.rounds.remembered_max)
             for opened in recovered.cut_off:
                 journal.append(interrupt(opened, "the coordinator died while it was open"), at=time.time())
         except BaseException:
+            if reader is not None:
+                reader.close()
             journal.close(0.0)
             raise
+        for problem in recovered.damaged:
+            log.error("journal_damaged", problem=problem)
         log.info(
             "journal_read",
             file=str(journal.file),
@@ -92,9 +99,9 @@ class Recording:
         """Whether so much waits to be written that nothing more should."""
         return self.journal.is_full
 
-    def append(self, record: Record, at: float) -> int:
+    def append(self, record: Record, at: float, *, hurried: bool) -> int:
         """Queues a record, made at `at` (Unix seconds); returns its number."""
-        return self.journal.append(record, at=at)
+        return self.journal.append(record, at=at, hurried=hurried)
 
     def append_checkpoint(self, seq: int, snapshot: bytes) -> None:
         """Queues the learner's state after all records up to `seq`."""
@@ -109,9 +116,20 @@ class Recording:
         try:
             known = self._reader.find_key(key)
         except JournalUnusable as error:
-            log.error("journal_unreadable", problem=str(error))
+            self.damaged_total += 1
+            log.error("journal_damaged", problem=str(error))
             raise CallFailed("not-recorded", f"whether {key!r} was asked before cannot be told: {error}") from error
         return None if known is None else known.closed
+
+    def has_truth(self, round_id: int) -> bool:
+        """Whether the truth of a round is recorded; False also where the journal cannot be read."""
+        try:
+            known = self._reader.find_round(round_id)
+        except JournalUnusable as error:
+            self.damaged_total += 1
+            log.error("journal_damaged", problem=str(error))
+            return False
+        return known is not None and known.truth is not None
 
     # --- life ---
 

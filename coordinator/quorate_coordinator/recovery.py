@@ -1,10 +1,10 @@
 """What a coordinator knows again after it died: the learner's state, rounds that await their truth, rounds cut off."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from quorate_coordinator.journal.errors import JournalUnusable
-from quorate_coordinator.journal.reader import JournalReader
+from quorate_coordinator.journal.errors import JournalDamaged, JournalUnusable
+from quorate_coordinator.journal.reader import JournalReader, KnownRound
 from quorate_coordinator.journal.records import RoundClosed, RoundOpened, TruthTold
 from quorate_coordinator.learner.api import Learner, SnapshotInvalid
 from quorate_coordinator.ledger import Ledger
@@ -23,6 +23,8 @@ class Recovered:
     next_round: int
     #: Records that the learner was given again, over the checkpoint.
     replayed: int
+    #: What is not as it was written, of rounds that are left out for it.
+    damaged: tuple[str, ...] = ()
 
 
 def recover(
@@ -74,10 +76,30 @@ def recover(
         if isinstance(record, RoundClosed):
             closed[record.round] = record
         ledger.replay(record)
-    awaiting = tuple(reader.awaiting_truth(remembered_max))
-    for round_ in awaiting:
-        ledger.recall(round_)
-    return Recovered(ledger, awaiting, tuple(reader.open_rounds()), reader.next_round(), replayed)
+    damaged: list[str] = []
+    awaiting = [known.closed for known in _find_all(reader, reader.awaiting_truth(remembered_max), damaged)]
+    ledger.recalled([one for one in awaiting if one is not None])
+    cut_off = [known.opened for known in _find_all(reader, reader.open_rounds(), damaged)]
+    return Recovered(
+        ledger=ledger,
+        awaiting=tuple(one for one in awaiting if one is not None),
+        cut_off=tuple(one for one in cut_off if one is not None),
+        next_round=reader.next_round(),
+        replayed=replayed,
+        damaged=tuple(damaged),
+    )
+
+
+def _find_all(reader: JournalReader, rounds: Iterable[int], damaged: list[str]) -> Iterator[KnownRound]:
+    """What is known of rounds that the learner's state does not hang on: one that is damaged costs itself alone."""
+    for number in rounds:
+        try:
+            known = reader.find_round(number)
+        except JournalDamaged as error:
+            damaged.append(str(error))
+            continue
+        if known is not None:
+            yield known
 
 
 def _find_closed(reader: JournalReader, round_id: int) -> RoundClosed:

@@ -172,7 +172,7 @@ class Coordinator:
             observe_duration=self.metrics.observe_duration,
         )
         if recording is not None:
-            self._gatherer.recall(recording.recovered.awaiting)
+            self._gatherer.recall(recording.recovered.awaiting, recording.recovered.replayed)
             recording.journal.start(
                 asyncio.get_running_loop(),
                 self._gatherer.committed,

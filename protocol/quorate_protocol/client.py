@@ -90,7 +90,7 @@ class Client:
         """Connects and says hello.
 
         Args:
-            url: `quic://HOST[:PORT]`.
+            url: `quic://HOST[:PORT]`, or `memory:NAME` for a coordinator in this process.
             token: the coordinator's bearer token.
             tls: whom to trust; None trusts the system's authorities.
             name: how the coordinator's log names this client; None makes one up.
@@ -218,8 +218,8 @@ class Client:
     ) -> AsyncGenerator[Outcome, None]:
         """Asks for each of many values, some at a time; yields the outcomes in the order of the values.
 
-        Values are taken as there is room for them, so that they may come from a file or a queue without end. Where the
-        coordinator is busy for a moment, the question is asked again.
+        Values are taken as there is room for them, so that they may come from a file or a queue without end; an outcome
+        does not wait for the next value. Where the coordinator is busy for a moment, the question is asked again.
 
         Args:
             values: what the agents are asked, one after the other.
@@ -245,19 +245,28 @@ class Client:
                 pause_s = min(2 * pause_s, _BUSY_PAUSE_S_MAX)
 
         calls: deque[asyncio.Task[Outcome]] = deque()
+        source = _each(values)
+        taking: asyncio.Task[Any] | None = None  # the next value, where there is room for it
+        is_over = False
         try:
-            async for value in _each(values):
-                calls.append(asyncio.create_task(ask_one(value), name=f"ask {task}"))
-                if len(calls) >= in_flight:
-                    yield await calls[0]
-                    calls.popleft()
-            while calls:
-                yield await calls[0]
-                calls.popleft()
+            while calls or not is_over:
+                if taking is None and not is_over and len(calls) < in_flight:
+                    taking = asyncio.create_task(_next(source), name=f"next value for {task}")
+                waiting: set[asyncio.Task[Any]] = {one for one in (taking, *list(calls)[:1]) if one is not None}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if taking is not None and taking.done():
+                    value, taking = taking.result(), None
+                    is_over = value is _END
+                    if not is_over:
+                        calls.append(asyncio.create_task(ask_one(value), name=f"ask {task}"))
+                elif calls[0].done():
+                    yield calls.popleft().result()
         finally:
-            for call in calls:
-                call.cancel()
-            await asyncio.gather(*calls, return_exceptions=True)
+            left = [*calls] if taking is None else [taking, *calls]
+            for one in left:
+                one.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+            await source.aclose()
 
     async def reveal(self, round: int, truth: Any) -> Revealed:
         """Tells the truth of a round: the learner scores its agents, and they get it as feedback.
@@ -348,7 +357,7 @@ class Replies:
         self._parts = parts
         self._iterator: AsyncGenerator[AgentResult, None] | None = None
         self._outcome: Outcome | None = None
-        #: The round's number and whom it asks, once it is open.
+        #: The round's number and whom it asks, once it is open; None where it was over when it was asked for again.
         self.opened: Opened | None = None
 
     @property
@@ -361,6 +370,12 @@ class Replies:
         if self._outcome is None:
             raise RuntimeError("the outcome is there when all replies have been iterated over")
         return self._outcome
+
+    @property
+    def round(self) -> int | None:
+        """The round's number, as soon as it is known: with the first reply at the latest."""
+        known = self.opened or self._outcome
+        return None if known is None else known.round
 
     def __aiter__(self) -> AsyncGenerator[AgentResult, None]:
         if self._iterator is not None:
@@ -503,6 +518,14 @@ def _ask_of(
         key=key,
     )
     return request, encode_body_parts(value)
+
+
+#: Instead of a value, when there are no more.
+_END: Final = object()
+
+
+async def _next(source: AsyncGenerator[Any, None]) -> Any:
+    return await anext(source, _END)
 
 
 async def _each(values: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:

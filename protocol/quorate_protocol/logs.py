@@ -27,6 +27,9 @@ _LEVELS: Final[dict[str, int]] = {
 _SECRET_FIELDS: Final = frozenset({"token", "authorization", "password", "secret"})
 
 
+#: What `configure` was last called with, level and format; None before.
+_configured: tuple[str, str] | None = None
+
 #: Longest text of one field, in characters.
 _FIELD_CHARS_MAX: Final = 1024
 
@@ -54,6 +57,8 @@ def configure(
         raise ConfigurationError("log level", f"{level!r} is none of {', '.join(_LEVELS)}")
     if format not in ("auto", "json", "console"):
         raise ConfigurationError("log format", f"{format!r} is none of auto, json, console")
+    global _configured
+    _configured = level, format
     stream = sys.stderr if stream is None else stream
     on_terminal = stream.isatty()
     output = _Lossy(stream)
@@ -94,6 +99,11 @@ def configure(
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+def configured() -> tuple[str, str] | None:
+    """Level and format, for a child that shares standard error; None when `configure` was not called."""
+    return _configured
 
 
 def _redact(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -324,8 +324,8 @@ async def test_check_lists_tasks_without_a_coordinator(folder: Path) -> None:
     async with command("check", "my_agents:agent", cwd=folder) as agent:
         assert await agent.end() == (
             0,
-            "name: tree-1\nconcurrency: 2\nlabel: kind=tree\ntask: classify (learns from feedback)\n"
-            "task: stuck\ntask: block\n",
+            "name: tree-1\nconcurrency: 2\nprocesses: none, plain functions run in threads\nlabel: kind=tree\n"
+            "task: classify (learns from feedback)\ntask: stuck\ntask: block\n",
             "",
         )
 
@@ -346,6 +346,7 @@ async def test_help_and_version(folder: Path) -> None:
             "--ca",
             "--set",
             "--concurrency",
+            "--processes",
             "--max-wait",
         ):
             assert option in out

@@ -157,7 +157,7 @@ async def test_addresses_that_are_taken_are_named(tmp_path: Path) -> None:
                 "coordinator",
                 QUORATE_LISTEN="127.0.0.1:0",
                 QUORATE_HTTP=taken_tcp,
-                QUORATE_STATE_DIR=str(tmp_path / "state"),
+                QUORATE_STATE_DIR=str(tmp_path / "another"),
             ),
         )
     assert (listen.code, listen.out) == (2, "")

@@ -14,7 +14,7 @@ import pytest
 from coordination import until
 from processes import PATIENCE_S, Process, processes_with, quorate, running
 from quorate_coordinator.demo.examples import CLASSIFIERS
-from quorate_coordinator.demo.run import _UNLESS_ORPHANED, _reachable
+from quorate_coordinator.demo.processes import _UNLESS_ORPHANED, reachable
 
 #: Marks all processes of one test, whatever they become.
 MARK = "DEMO_TEST_MARK"
@@ -114,8 +114,8 @@ async def test_serving_ends_well_with_ctrl_c(tmp_path: Path) -> None:
 
 
 async def test_every_interface_is_reached_over_loopback(tmp_path: Path) -> None:
-    assert _reachable("[::]:5") == "[::1]:5"
-    assert _reachable("192.0.2.1:5") == "192.0.2.1:5"
+    assert reachable("[::]:5") == "[::1]:5"
+    assert reachable("192.0.2.1:5") == "192.0.2.1:5"
     async with demo(tmp_path, "--limit", "1", "--listen", "0.0.0.0:0", "--http", "") as shown:
         ended = await shown.process.end()
         await shown.nothing_is_left()

@@ -42,6 +42,8 @@ CONTRACT = {
     ("quorate_bodies_refused", "counter", ("reason",)),
     ("quorate_journal_failing", "gauge", ()),
     ("quorate_journal_records", "counter", ()),
+    ("quorate_journal_damaged", "counter", ()),
+    ("quorate_journal_commits", "counter", ()),
     ("quorate_journal_pending_bytes", "gauge", ()),
     ("quorate_journal_file_bytes", "gauge", ()),
     ("quorate_feedback", "counter", ("task",)),

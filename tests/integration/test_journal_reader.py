@@ -91,7 +91,8 @@ def test_the_newest_round_of_a_key(file: Path) -> None:
 def test_open_rounds_and_the_next_number(file: Path) -> None:
     write_journal(file, [*rounds(3), opened(7), opened(5), closed(5), opened(4), experience()])
     with JournalReader(file) as reader:
-        assert reader.open_rounds() == [opened(4), opened(7)]
+        assert reader.open_rounds() == [4, 7]
+        assert [known.opened for number in (4, 7) if (known := reader.find_round(number))] == [opened(4), opened(7)]
         assert reader.next_round() == 8
         assert reader.last_seq() == 17
 

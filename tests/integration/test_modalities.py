@@ -1,6 +1,8 @@
 """Streams that agents open of their own, through a real coordinator."""
 
 import asyncio
+import re
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -235,3 +237,15 @@ async def test_a_consumer_that_cannot_be_loaded_is_named(tmp_path: Any, referenc
         async with coordinating(tmp_path, consumers={"video": reference}):
             pass
     assert caught.value.path == "consumers.video"
+
+
+async def test_the_example_shows_all_three_alone_and_together() -> None:
+    example = Path(__file__).parents[2] / "agent/examples/multimodal.py"
+    process = await asyncio.create_subprocess_exec(sys.executable, example, "0.3", stdout=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(60):
+        out, _ = await process.communicate()
+    assert process.returncode == 0
+    heading, *lines = out.decode().splitlines()
+    assert "alone" in heading
+    assert [line.split()[0] for line in lines] == ["sensor", "audio", "video"]
+    assert all(re.fullmatch(r"\w+( +\d+\.\d\d / \d+\.\d\d){2}", line) for line in lines)

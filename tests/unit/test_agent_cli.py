@@ -62,6 +62,8 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
         (["cli_test_agents:agent", "--label", "two words=x"], "label key is 'two words'"),
         (["cli_test_agents:agent", "--id", "two words"], "--id is 'two words'"),
         (["cli_test_agents:agent", "--concurrency", "1000"], "from 1 to 256"),
+        (["cli_test_agents:agent", "--processes", "1000"], "from 0 (threads) to 64"),
+        (["cli_test_agents:agent", "--processes", "2", "--concurrency", "1"], "of 2 processes some would never work"),
         (["cli_test_agents:agent", "--coordinator", "http://localhost"], "does not begin with quic://"),
         (["cli_test_agents:agent", "--ca", "absent.pem"], "absent.pem: no such file"),
         (["cli_test_agents:agent", "--token-file", "absent"], "absent: no such file"),
@@ -102,7 +104,10 @@ def test_a_module_that_cannot_be_imported_shows_its_traceback_only_when_asked() 
 
 def test_check_loads_and_lists() -> None:
     code, out, _ = invoke("check", "cli_test_agents:make", "--set", "depth=9")
-    assert (code, out) == (0, "name: depth-9\nconcurrency: 1\ntask: classify\n")
+    assert (code, out) == (
+        0,
+        "name: depth-9\nconcurrency: 1\nprocesses: none, plain functions run in threads\ntask: classify\n",
+    )
     code, out, _ = invoke("check", "cli_test_agents:nameless")
     assert out.startswith("name: (chosen when it runs)\n")
     code, _, err = invoke("check", "cli_test_agents:absent")

@@ -10,9 +10,10 @@ import numpy
 import pytest
 import structlog
 
-from quorate_agent import Agent, Context, Declined, running
+from quorate_agent import Agent, Context, Declined, calling
+from quorate_agent.calling import Ended, describe
 from quorate_agent.events import HandlerDeclined, HandlerFailed, HandlerReturned, StartAssignment, StartFeedback
-from quorate_agent.running import Ended, HandlerRunner, describe
+from quorate_agent.running import HandlerRunner
 from quorate_agent.streams import OwnStreams
 from quorate_agent.threads import HandlerThreads
 from quorate_protocol.blobs import Blob, blob_of
@@ -188,7 +189,7 @@ async def test_an_answer_that_cannot_travel_has_failed(runner: Runner) -> None:
 
 
 async def test_an_answer_over_the_ceiling_has_failed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "BULK_BYTES_MAX", 2 * BODY_BYTES_MAX)
+    monkeypatch.setattr(calling, "BULK_BYTES_MAX", 2 * BODY_BYTES_MAX)
     ended = await runner.task(lambda body: bytes(2 * BODY_BYTES_MAX))
     assert isinstance(ended, HandlerFailed)
     assert ended.error == (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quorate_agent import Declined
+from quorate_agent import Context, Declined
 from quorate_coordinator.demo.examples import CLASSIFIERS, TASK, examples_directory, load_example
 from quorate_coordinator.demo.in_process import Prediction, run_in_process
 from quorate_coordinator.learner.datasets import DATASETS, instances
@@ -133,13 +133,24 @@ class TestExamples:
 
     def test_the_directory_lists_every_example(self) -> None:
         files = {path.name for path in examples_directory().glob("*.py")}
-        assert files == {*CLASSIFIERS.values(), "echo.py", "prequential.py"}
+        assert files == {*CLASSIFIERS.values(), "crowd.py", "echo.py", "multimodal.py", "primes.py", "prequential.py"}
         readme = Path(examples_directory(), "README.md").read_text(encoding="utf-8")
         assert [file for file in sorted(files) if f"`{file}`" not in readme] == []
 
     async def test_echo(self) -> None:
         agent = load_example_attribute("echo.py")
         assert await agent.handlers["echo"]({"any": ["body"]}) == {"any": ["body"]}
+
+    def test_primes(self) -> None:
+        agent = load_example_attribute("primes.py")
+        count = agent.handlers["count_primes"]
+        context = Context(1, "count_primes", "primes")
+        below = [sum(all(n % d for d in range(2, n)) for n in range(2, limit)) for limit in range(130)]
+        assert [count(limit, context) for limit in range(130)] == below
+        assert count(1_000_000, context) == 78_498
+        for wrong in (-1, 10**10, 1.5, "12", None, True):
+            with pytest.raises(Declined):
+                count(wrong, context)
 
 
 def load_example_attribute(file: str) -> Any:

@@ -13,6 +13,7 @@ from quorate_coordinator.learner.api import (
     AgentReply,
     ClosedRound,
     Experience,
+    LateReply,
     Learner,
     Report,
     Request,
@@ -225,9 +226,58 @@ class TestScores:
         assert latency is not None
         assert (latency.p50_s, latency.p99_s) == (1.0, 1.0)
 
+    def test_late_replies_move_the_quantiles_and_nothing_else(self) -> None:
+        learner = VoteLearner(agents_max=2)
+        teach(learner, {"a": "yes", "b": "no"}, "yes")
+        before = learner.scores()
+        for number in range(3):
+            learner.take_late(LateReply(number, "classify", AgentReply("a", GARBAGE, 5.0)))
+        latency = learner.latency("a")
+        assert latency is not None
+        assert (latency.p50_s, latency.p99_s) == (5.0, 5.0)
+        assert learner.scores() == before
+        assert VoteLearner.restore(learner.snapshot()).latency("a") == latency
+        # One more agent than there is room for: who was heard least recently goes.
+        learner.take_late(LateReply(9, "classify", AgentReply("c", GARBAGE, 1.0)))
+        assert (learner.latency("b"), learner.latency("a")) == (None, latency)
+
     def test_unknown_task(self) -> None:
         assert VoteLearner().weights("never asked") == {}
         assert VoteLearner().scores() == ()
+
+
+class TestSelection:
+    """Whom a round asks."""
+
+    def select(self, learner: VoteLearner, count: int | None, load: dict[str, int] | None = None) -> tuple[str, ...]:
+        request = Request("classify", encode_body(1), ("a", "b", "c", "d"), count, load or {})
+        before = learner.snapshot()
+        plan = learner.compute_coordination(request)
+        assert (plan.quorum, plan.grace_s, plan.deadline_s) == (None, None, None)
+        assert learner.snapshot() == before
+        return plan.agents
+
+    def test_all_where_no_number_is_given_or_it_is_large(self) -> None:
+        for count in (None, 4, 99):
+            assert self.select(VoteLearner(), count) == ("a", "b", "c", "d")
+
+    def test_the_heaviest_first(self) -> None:
+        learner = VoteLearner()
+        teach(learner, {"a": "no", "b": "no", "c": "yes", "d": "yes"}, "yes", times=3)
+        teach(learner, {"c": "no", "d": "yes"}, "yes")
+        assert self.select(learner, 1) == ("d",)
+        # Sorted by name, and the weight goes over the load.
+        assert self.select(learner, 2, {"c": 50, "d": 50}) == ("c", "d")
+        assert self.select(learner, 3) == ("a", "c", "d")
+
+    def test_among_equals_who_owes_least_then_by_name(self) -> None:
+        assert self.select(VoteLearner(), 2) == ("a", "b")
+        assert self.select(VoteLearner(), 2, {"a": 2, "b": 1, "c": 1}) == ("b", "d")
+
+    def test_a_stranger_weighs_as_a_newcomer(self) -> None:
+        learner = VoteLearner()
+        teach(learner, {"a": "no", "b": "yes"}, "yes", times=5)
+        assert self.select(learner, 3) == ("b", "c", "d")
 
 
 class TestGeneric:

@@ -27,7 +27,7 @@ _FRAME_INCHES: Final = 1.9
 _NOTE_INCHES: Final = 0.165
 _DPI: Final = 150
 #: Columns of text right of the bars: heading, and where its right edge is, in widths of the axes.
-_COLUMNS: Final = (("Quorate", 1.15), ("{peer}", 1.33), ("ratio", 1.45), ("target", 1.63), ("", 1.77))
+_COLUMNS: Final = (("{subject}", 1.15), ("{peer}", 1.33), ("ratio", 1.45), ("target", 1.63), ("", 1.77))
 
 
 def check_format(file: Path) -> None:
@@ -100,7 +100,7 @@ def _draw_frame(figure: Figure, axes: Axes, result: Result, rows: list[Row]) -> 
     axes.set_xlabel(f"times better than {peer} (its own value is 1 x); further right is better", fontsize=10)
     transform = axes.get_yaxis_transform()
     for heading, x in _COLUMNS:
-        text = heading.format(peer=peer)
+        text = heading.format(peer=peer, subject=result.subject)
         axes.text(x, -0.85, text, transform=transform, ha="right", va="bottom", fontsize=9.5, fontweight="bold")
     for y, row in enumerate(rows):
         assert row.peer_value is not None
@@ -120,10 +120,8 @@ def _draw_frame(figure: Figure, axes: Axes, result: Result, rows: list[Row]) -> 
             axes.axhline(y - 0.5, color="#EEEEEE", linewidth=0.8, zorder=0, xmin=-0.72, xmax=1.77, clip_on=False)
     machine = result.machine
     height_inches = figure.get_figheight()
-    figure.text(
-        0.02, 1 - 0.22 / height_inches, f"Quorate against {peer}: {result.benchmark}",
-        va="top", fontsize=14, fontweight="bold",
-    )  # fmt: skip
+    title = f"{result.subject[0].upper()}{result.subject[1:]} against {peer}: {result.benchmark}"
+    figure.text(0.02, 1 - 0.22 / height_inches, title, va="top", fontsize=14, fontweight="bold")
     figure.text(
         0.02,
         1 - 0.52 / height_inches,

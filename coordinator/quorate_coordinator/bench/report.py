@@ -89,8 +89,8 @@ def check_writable(option: str, file: Path | None) -> None:
 
 
 def number(value: float, unit: str) -> str:
-    """Four digits, or what is before the point when that is more, and the unit."""
-    return f"{value:,.0f} {unit}" if abs(value) >= 10_000 else f"{value:.4g} {unit}"
+    """Four digits, or what is before the point when that is more, and the unit where there is one."""
+    return (f"{value:,.0f} {unit}" if abs(value) >= 10_000 else f"{value:.4g} {unit}").rstrip()
 
 
 def notes_of(rows: list[Row]) -> list[tuple[str, list[str]]]:

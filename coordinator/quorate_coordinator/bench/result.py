@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Result:
     benchmark: str
     rows: list[Row]
     machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
+    #: What the peer is compared with.
+    subject: str = "Quorate"
 
     def as_json(self) -> dict[str, Any]:
         """`{"benchmark", "machine", "rows": [{"name", "unit", "value", "peer", "peer_value", "target", "met"}]}`."""
@@ -58,6 +61,11 @@ class Result:
             del entry["lower_is_better"], entry["note"]
             rows.append({**entry, "met": row.met})
         return {"benchmark": self.benchmark, "machine": self.machine, "rows": rows}
+
+
+def is_selected(name: str, only: Collection[str]) -> bool:
+    """Whether a row was asked for."""
+    return not only or any(text.casefold() in name.casefold() for text in only)
 
 
 def describe_machine() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from quorate_coordinator.cli import common
@@ -23,7 +24,7 @@ from quorate_coordinator.cli.common import (
     QuorumOption,
     TokenFileOption,
 )
-from quorate_protocol.client import Client
+from quorate_protocol.client import Replies
 from quorate_protocol.errors import BodyMissing, CallFailed, FrameMalformed, LinkError, Refused
 from quorate_protocol.messages import AgentResult, Outcome
 
@@ -61,7 +62,11 @@ def ask(
     ] = None,
     retry: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Ask again, for so long, when the coordinator is busy or cannot be reached."),
+        typer.Option(
+            metavar="TIME",
+            help="Ask again, for so long, when the coordinator is busy or cannot be reached. Without --key, under a "
+            "key of its own: it stays one round.",
+        ),
     ] = None,
     json_output: JsonOption = False,
     token_file: TokenFileOption = None,
@@ -87,10 +92,12 @@ def ask(
         }
         value = common.read_json("JSON", body)
 
+    aloud = _Aloud(as_json=json_output or not sys.stdout.isatty())
+
     async def call() -> Outcome:
         async with await common.connect(coordinator, token_file, ca) as client:
             if stream:
-                return await _ask_aloud(client, task, value, wanted, as_json=json_output or not sys.stdout.isatty())
+                return await aloud.ask(client.ask_stream(task, value, **wanted))
             return await client.ask(task, value, **wanted)
 
     outcome = common.run(_retry(call, retry_s))
@@ -123,16 +130,30 @@ async def _retry(call: Callable[[], Awaitable[Outcome]], retry_s: float) -> Outc
         pause_s = min(2 * pause_s, _RETRY_PAUSE_S_MAX)
 
 
-async def _ask_aloud(client: Client, task: str, value: Any, wanted: dict[str, Any], *, as_json: bool) -> Outcome:
-    """Asks, and shows each part as it ends."""
-    began_at = time.monotonic()
-    async with client.ask_stream(task, value, **wanted) as replies:
-        async for result in replies:
-            if as_json:
-                typer.echo(common.json_text({"part": _result_json(result)}))
-            else:
-                _print_part(result, time.monotonic() - began_at)
-        return replies.outcome
+class _Aloud:
+    """Shows each part of a round as it ends; once, however often the round is asked for."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._began_at = time.monotonic()
+        self._round: int | None = None
+        self._shown: set[str] = set()
+
+    async def ask(self, asked: Replies) -> Outcome:
+        async with asked as replies:
+            async for result in replies:
+                if replies.round != self._round:
+                    self._round, self._shown = replies.round, set()
+                if result.agent not in self._shown:
+                    self._shown.add(result.agent)
+                    self._show(result)
+            return replies.outcome
+
+    def _show(self, result: AgentResult) -> None:
+        if self._as_json:
+            typer.echo(common.json_text({"round": self._round, "part": _result_json(result)}))
+        else:
+            _print_part(result, time.monotonic() - self._began_at)
 
 
 def _print_part(result: AgentResult, elapsed_s: float) -> None:
@@ -151,7 +172,7 @@ def _show(outcome: Outcome, *, json_output: bool, was_streamed: bool) -> None:
     elif json_output:
         common.print_json(_outcome_json(outcome))
     elif sys.stdout.isatty():
-        _print_outcome(outcome)
+        _print_outcome(outcome, has_table=not was_streamed)
     elif outcome.state in ANSWERED:
         with common.errors_shown():
             common.print_json(_shown(outcome))
@@ -217,11 +238,25 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1000, 3)
 
 
-def _print_outcome(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome, *, has_table: bool = True) -> None:
     console = Console()
     if outcome.state in ANSWERED:
         with common.errors_shown():
             console.print(Text(common.json_text(_shown(outcome)), style="bold green"))
+    if has_table:
+        console.print(_table_of(outcome))
+    support = "" if outcome.support is None else f" · support {outcome.support:.0%}"
+    replied = sum(result.status == "replied" for result in outcome.results)
+    console.print(
+        f"round {outcome.round} {outcome.state} in {outcome.duration_s * 1000:.1f} ms · "
+        f"{replied} of {len(outcome.results)} replied, quorum {outcome.quorum}{support}",
+        highlight=False,
+        style="dim",
+    )
+
+
+def _table_of(outcome: Outcome) -> Table:
+    """A line for each agent."""
     table = common.plain_table()
     table.add_column("agent", overflow="fold", min_width=12)
     table.add_column("status", no_wrap=True)
@@ -239,12 +274,4 @@ def _print_outcome(outcome: Outcome) -> None:
             "-" if result.latency_s is None else f"{result.latency_s * 1000:.1f}",
             f"{result.compute_s * 1000:.1f}" if answered else "-",
         )
-    console.print(table)
-    support = "" if outcome.support is None else f" · support {outcome.support:.0%}"
-    replied = sum(result.status == "replied" for result in outcome.results)
-    console.print(
-        f"round {outcome.round} {outcome.state} in {outcome.duration_s * 1000:.1f} ms · "
-        f"{replied} of {len(outcome.results)} replied, quorum {outcome.quorum}{support}",
-        highlight=False,
-        style="dim",
-    )
+    return table

@@ -53,8 +53,8 @@ def drain(
 ) -> None:
     """Have an agent finish what it does and end: it gets no more questions.
 
-    Waits until it has left. Its process ends with exit code 0, so that a supervisor that restarts after failures
-    leaves it alone.
+    Waits until it has left; exit code 1 when it has not in time, and then it is still draining. Its process ends with
+    exit code 0, so that a supervisor that restarts after failures leaves it alone.
     """
     with common.errors_shown():
         wait_s = common.parse_duration("--wait", wait) or 0.0
@@ -69,7 +69,7 @@ def drain(
         common.print_json({"agent": agent, "state": state})
     elif state in _GONE:
         typer.echo(f"{agent} has {'left' if state == 'left' else 'gone without a goodbye'}")
-    else:
+    elif not wait_s:
         typer.echo(f"{agent} is {state}")
     if wait_s and state not in _GONE:
         common.fail(f"{agent} has not left within {wait_s:g} s; it is {state}", common.EXIT_OTHER)

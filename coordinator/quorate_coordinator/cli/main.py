@@ -1,8 +1,8 @@
 """The command `quorate`: the coordinator, the operator's commands, the demo, the benchmarks.
 
 Exit codes: 0 done; 1 something else; 2 the command line, a file it names or a setting is wrong, or an
-extra is not installed; 3 the coordinator refused us; 5 no coordinator was reached; 6 a round was not
-opened or brought no answer; 130 interrupted.
+extra is not installed; 3 the coordinator refused us; 5 no coordinator was reached; 6 the coordinator could
+not do what it was asked: a round was not opened or brought no answer, there is no such agent; 130 interrupted.
 
 Modules that need an extra are imported by the command that needs them, so that the others work with
 the base dependencies alone.

@@ -5,13 +5,16 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quorate_coordinator.cli import common
 from quorate_protocol.errors import ConfigurationError
 from quorate_protocol.garbage import relax_collector
+
+if TYPE_CHECKING:
+    from quorate_coordinator.bench.result import Result
 
 bench = typer.Typer(
     help="Measure Quorate on this machine.",
@@ -21,6 +24,17 @@ bench = typer.Typer(
 
 JsonFileOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the rows to this file as JSON.")
+]
+
+PictureOption = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE.png", help="Also draw the rows into this file.")
+]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="TEXT", help="Only rows with this in their name. Repeatable."),
+]
+QuickOption = Annotated[
+    bool, typer.Option("--quick", help="So little of everything that the numbers say little, in half a minute.")
 ]
 
 
@@ -102,7 +116,7 @@ def demo(
 @contextlib.contextmanager
 def _demo_errors_shown() -> Iterator[None]:
     """As `common.errors_shown`; when a process of the demo has ended, with the end of its log."""
-    from quorate_coordinator.demo.run import DemoFailed
+    from quorate_coordinator.demo.processes import DemoFailed
 
     with common.errors_shown():
         try:
@@ -144,20 +158,13 @@ def bench_coordination(
 @bench.command("transport")
 def bench_transport(
     json_file: JsonFileOption = None,
-    picture_file: Annotated[
-        Path | None, typer.Option("--picture", metavar="FILE.png", help="Also draw the rows into this file.")
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option("--only", metavar="TEXT", help="Only rows with this in their name. Repeatable."),
-    ] = None,
+    picture_file: PictureOption = None,
+    only: OnlyOption = None,
     seconds: Annotated[
         float | None,
         typer.Option("--seconds", metavar="S", help="How long one bulk transfer lasts; 0.8.", min=0.05, max=30.0),
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="So little of everything that the numbers say little, in half a minute.")
-    ] = False,
+    quick: QuickOption = False,
 ) -> None:
     """Quorate's transport beside stock aioquic's asyncio API: two processes each, over loopback, in turn.
 
@@ -166,27 +173,73 @@ def bench_transport(
     common.require_extra("coordinator")
     if picture_file is not None:
         common.require_extra("bench", "a picture")
-    from quorate_coordinator.bench.report import check_writable, show, showing_progress
+    from quorate_coordinator.bench.report import showing_progress
     from quorate_coordinator.bench.transport.plan import QUICK, plan
     from quorate_coordinator.bench.transport.run import measure_transport
 
     with _bench_errors_shown():
         if quick and seconds is not None:
             raise ConfigurationError("--seconds", "says how long; --quick says so, too: only one of them")
-        if only is not None and not all(text.strip() for text in only):
-            raise ConfigurationError("--only", "is empty; give a part of a row's name, such as --only datagram")
-        if json_file is not None and json_file == picture_file:
-            raise ConfigurationError("--picture", f"{picture_file} is where --json is written to")
-        check_writable("--json", json_file)
-        check_writable("--picture", picture_file)
-        if picture_file is not None:
-            from quorate_coordinator.bench.picture import check_format, draw
-
-            check_format(picture_file)
+        _check_bench(json_file, picture_file, only)
         with showing_progress("bench transport") as progress:
             result = asyncio.run(measure_transport(QUICK if quick else plan(seconds or 0.8), only or [], progress))
-        show(result, json_file)
-        if picture_file is None:
-            typer.echo("--picture FILE.png draws it, --json FILE keeps the numbers", err=True)
-        else:
-            draw(result, picture_file)
+        _show_bench(result, json_file, picture_file)
+
+
+@bench.command("rounds")
+def bench_rounds(
+    json_file: JsonFileOption = None,
+    picture_file: PictureOption = None,
+    only: OnlyOption = None,
+    quick: QuickOption = False,
+) -> None:
+    """Rounds per second and their times with 6, 50 and 200 agents, with a journal and without, in turn.
+
+    A coordinator of each kind, echo agents, one and sixteen rounds in flight; every round waits for all its agents.
+    Takes about two minutes. The journal is where TMPDIR says: what a commit costs depends on the disk there.
+    """
+    common.require_extra("coordinator")
+    if picture_file is not None:
+        common.require_extra("bench", "a picture")
+    from quorate_coordinator.bench.report import showing_progress
+    from quorate_coordinator.bench.rounds.plan import QUICK, WHOLE
+    from quorate_coordinator.bench.rounds.run import measure_rounds
+
+    with _demo_errors_shown():
+        _check_bench(json_file, picture_file, only)
+        relax_collector()
+        with showing_progress("bench rounds") as progress:
+            result = asyncio.run(measure_rounds(QUICK if quick else WHOLE, only or [], progress))
+        _show_bench(result, json_file, picture_file)
+
+
+def _check_bench(json_file: Path | None, picture_file: Path | None, only: list[str] | None) -> None:
+    """Before minutes of measuring, rather than after.
+
+    Raises:
+        ConfigurationError: an option is wrong.
+    """
+    from quorate_coordinator.bench.report import check_writable
+
+    if only is not None and not all(text.strip() for text in only):
+        raise ConfigurationError("--only", "is empty; give a part of a row's name, such as --only p50")
+    if json_file is not None and json_file == picture_file:
+        raise ConfigurationError("--picture", f"{picture_file} is where --json is written to")
+    check_writable("--json", json_file)
+    check_writable("--picture", picture_file)
+    if picture_file is not None:
+        from quorate_coordinator.bench.picture import check_format
+
+        check_format(picture_file)
+
+
+def _show_bench(result: "Result", json_file: Path | None, picture_file: Path | None) -> None:
+    from quorate_coordinator.bench.report import show
+
+    show(result, json_file)
+    if picture_file is None:
+        typer.echo("--picture FILE.png draws it, --json FILE keeps the numbers", err=True)
+    else:
+        from quorate_coordinator.bench.picture import draw
+
+        draw(result, picture_file)

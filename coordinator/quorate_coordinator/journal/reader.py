@@ -149,24 +149,22 @@ class JournalReader:
                     known.late.append(record)
         return known if rows else None
 
-    def open_rounds(self) -> list[RoundOpened]:
-        """Rounds that were opened and never closed, in order: the coordinator ended before they did."""
+    def open_rounds(self) -> list[int]:
+        """Numbers of rounds that were opened and never closed, in order: the coordinator ended before they did."""
         found = self._fetch(
             "SELECT round FROM records WHERE round IS NOT NULL GROUP BY round "
-            "HAVING max(kind = 'opened') AND NOT max(kind = 'closed')"
+            "HAVING max(kind = 'opened') AND NOT max(kind = 'closed') ORDER BY round"
         )
-        rounds = [self.find_round(number) for (number,) in found]
-        return [known.opened for known in rounds if known and known.opened and not known.closed]
+        return [number for (number,) in found]
 
-    def awaiting_truth(self, count_max: int) -> list[RoundClosed]:
-        """The newest rounds that were closed and whose truth was not told, oldest first."""
+    def awaiting_truth(self, count_max: int) -> list[int]:
+        """Numbers of the newest rounds that were closed and whose truth was not told, in order."""
         found = self._fetch(
             "SELECT round FROM records WHERE round IS NOT NULL GROUP BY round "
             "HAVING max(kind = 'closed') AND NOT max(kind = 'truth') ORDER BY round DESC LIMIT ?",
             count_max,
         )
-        known = [self.find_round(number) for (number,) in reversed(found)]
-        return [one.closed for one in known if one and one.closed]
+        return [number for (number,) in reversed(found)]
 
     def pruned(self) -> Pruned:
         """How far records have been taken away; zeros when none has been."""

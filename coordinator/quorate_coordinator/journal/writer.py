@@ -44,6 +44,9 @@ _GROUP_BYTES: Final = 8 << 20
 _RETRY_S: Final = 0.5
 _RETRY_S_MAX: Final = 5.0
 
+#: Seconds that a record which nobody waits for may be held back.
+_HELD_S: Final = 0.05
+
 #: The newest, and one to fall back on.
 _CHECKPOINTS_KEPT: Final = 2
 
@@ -91,6 +94,11 @@ class Journal:
         )
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        #: Records that nobody waits for: they ride with the next one that somebody does, or go by themselves a little
+        #: later. A commit of their own would hold up that one.
+        self._held: list[_Queued] = []
+        self._release_timer: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._last_seq = last_seq
         # Each counter has one thread that writes it; what is pending is their difference.
@@ -136,16 +144,18 @@ class Journal:
             on_recovered: commits succeed again.
         """
         assert self._thread is None
+        self._loop = loop
         self._thread = threading.Thread(
             target=_Committer(self, loop, on_committed, on_failed, on_recovered).run, name="journal", daemon=True
         )
         self._thread.start()
 
-    def append(self, record: Record, *, at: float) -> int:
+    def append(self, record: Record, *, at: float, hurried: bool = True) -> int:
         """Queues a record.
 
         Args:
             at: Unix time.
+            hurried: False lets it wait some milliseconds for another to share a commit with.
 
         Returns:
             Its number: one more than the last one's. It is durable once `on_committed` says so.
@@ -162,8 +172,27 @@ class Journal:
         key = record.key if isinstance(record, RoundOpened) else None
         self._queued_bytes += len(payload)
         self._queued_records += 1
-        self._queue.put((seq, record.kind, record.round, at, key, payload))
+        row = (seq, record.kind, record.round, at, key, payload)
+        if hurried or self._loop is None:
+            self._put(row)
+        else:
+            self._held.append(row)
+            if self._release_timer is None:
+                self._release_timer = self._loop.call_later(_HELD_S, self._release)
         return seq
+
+    def _put(self, item: "_Queued | _Snapshot | _Pruning | asyncio.Future[None] | None") -> None:
+        """Queues something behind the records that were held back."""
+        self._release()
+        self._queue.put(item)
+
+    def _release(self) -> None:
+        if self._release_timer is not None:
+            self._release_timer.cancel()
+            self._release_timer = None
+        held, self._held = self._held, []
+        for row in held:
+            self._queue.put(row)
 
     def append_checkpoint(self, seq: int, snapshot: bytes, *, at: float) -> None:
         """Queues the learner's state after all records up to `seq`, which must be there or queued. The newest two stay.
@@ -176,7 +205,7 @@ class Journal:
             raise RecordInvalid("checkpoint", f"it has {len(snapshot)} bytes, over the {RECORD_BYTES_MAX} allowed")
         self._queued_bytes += len(snapshot)
         self._queued_records += 1
-        self._queue.put(_Snapshot(seq, at, snapshot))
+        self._put(_Snapshot(seq, at, snapshot))
 
     def prune(self, retention: Retention, *, now_s: float) -> "asyncio.Future[PruneReport]":
         """Takes away what is old, in steps between commits.
@@ -188,13 +217,13 @@ class Journal:
             What was taken; fails with `JournalUnusable`, and is cancelled when the journal closes first.
         """
         done = asyncio.get_running_loop().create_future()
-        self._queue.put(_Pruning(retention, now_s, done))
+        self._put(_Pruning(retention, now_s, done))
         return done
 
     async def flush(self) -> None:
         """Waits until all that was appended before is durable: without end while commits fail."""
         done = asyncio.get_running_loop().create_future()
-        self._queue.put(done)
+        self._put(done)
         await done
 
     def close(self, timeout_s: float) -> bool:
@@ -207,7 +236,7 @@ class Journal:
         """
         if not self._is_closed:
             self._is_closed = True
-            self._queue.put(None)
+            self._put(None)
             self._closing.set()
             if self._thread is None:
                 self._connection.close()

@@ -189,6 +189,9 @@ class QuicConnection(Connection):
         return stream
 
     async def close(self, code: int = Code.NO_ERROR, reason: str = "") -> None:
+        if self._close_error is None:
+            # A stream that was reset just now is more than one that ends with its connection.
+            self._driver.serve_now(self)
         self.abort(code, reason)
         # The loop may stop right after this.
         self._driver.serve_now(self)

@@ -4,10 +4,10 @@ import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from quorate_coordinator.bench.result import Result, Row, describe_machine
+from quorate_coordinator.bench.result import Result, Row, describe_machine, is_selected
 from quorate_coordinator.bench.transport.children import Children
 from quorate_coordinator.bench.transport.plan import QUICK, Plan
-from quorate_coordinator.bench.transport.scenarios import SCENARIOS, Bench, is_selected, selected
+from quorate_coordinator.bench.transport.scenarios import SCENARIOS, Bench, selected
 from quorate_coordinator.certificates import ensure_development_credentials
 from quorate_coordinator.sigterm import raised_by_sigterm
 from quorate_protocol.errors import ConfigurationError

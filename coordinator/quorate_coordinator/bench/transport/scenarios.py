@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
-from quorate_coordinator.bench.result import Row
+from quorate_coordinator.bench.result import Row, is_selected
 from quorate_coordinator.bench.transport import plan as promised
 from quorate_coordinator.bench.transport.children import SIDES, Children, Pair
 from quorate_coordinator.bench.transport.link import LinkOptions
@@ -246,11 +246,6 @@ SCENARIOS: Final = (
 def selected(only: Collection[str]) -> list[Scenario]:
     """The scenarios with a row whose name holds one of these texts, whatever their case; all without texts."""
     return [scenario for scenario in SCENARIOS if any(is_selected(name, only) for name in scenario.names)]
-
-
-def is_selected(name: str, only: Collection[str]) -> bool:
-    """Whether a row was asked for."""
-    return not only or any(text.casefold() in name.casefold() for text in only)
 
 
 def _us(times_s: Sequence[float], q: float) -> float:

@@ -1,0 +1,150 @@
+"""What a coordinator knows again from a journal: the learner's state, rounds that await their truth, rounds cut off."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import structlog
+
+from agent_making import echo
+from coordination import coordinating
+from journal_making import closed, execute, experience, late, opened, read_journal, rounds, truth, write_journal
+from quorate_coordinator.journal.errors import JournalUnusable
+from quorate_coordinator.journal.reader import JournalReader
+from quorate_coordinator.journal.writer import Journal
+from quorate_coordinator.learner.vote import VoteLearner
+from quorate_coordinator.recovery import Recovered, recover
+from quorate_coordinator.service import Coordinator
+from quorate_coordinator.settings import Settings
+from quorate_protocol.errors import CallFailed
+from restarting import replay_all
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "journal.sqlite3"
+
+
+def recovering(file: Path, remembered_max: int = 100) -> Recovered:
+    with JournalReader(file) as reader:
+        return recover(reader, VoteLearner, VoteLearner.restore, remembered_max=remembered_max)
+
+
+def test_an_empty_journal_is_a_beginning(file: Path) -> None:
+    write_journal(file, [])
+    found = recovering(file)
+    assert (found.awaiting, found.cut_off, found.next_round, found.replayed) == ((), (), 1, 0)
+    assert found.ledger.learner.snapshot() == VoteLearner().snapshot()
+
+
+def test_all_records_are_replayed_where_there_is_no_checkpoint(file: Path) -> None:
+    write_journal(file, [*rounds(3), experience(), opened(4), closed(4), opened(5)])
+    found = recovering(file)
+    assert (found.replayed, found.next_round) == (16, 6)
+    assert found.awaiting == (closed(4),)
+    assert found.cut_off == (opened(5),)
+    assert found.ledger.answers == 1
+    assert found.ledger.learner.snapshot() == replay_all(file)
+    latency = found.ledger.learner.latency("cat")  # whose replies were all late
+    assert latency is not None
+    assert latency.p50_s == late(1).latency_s
+
+
+@pytest.mark.parametrize("checkpoint", [1, 2, 3, 4, 6, 8, 11, 12])
+def test_a_checkpoint_saves_the_replay_of_what_is_before_it(file: Path, checkpoint: int) -> None:
+    """Also between a round's end and its truth."""
+    records = rounds(3)
+    write_journal(file, records)
+    before = file.with_name("before.sqlite3")
+    write_journal(before, records[:checkpoint])
+    snapshot = replay_all(before)
+    whole = replay_all(file)
+    writing = Journal.open(file)
+    writing.append_checkpoint(checkpoint, snapshot, at=1.0)
+    loop = asyncio.new_event_loop()
+    writing.start(loop, lambda seq: None, lambda problem: None, lambda: None)
+    assert writing.close(60.0)
+    loop.close()
+    found = recovering(file)
+    assert found.replayed == len(records) - checkpoint
+    assert found.ledger.learner.snapshot() == whole
+
+
+def test_only_so_many_rounds_are_remembered_the_newest(file: Path) -> None:
+    write_journal(file, [record for number in range(1, 8) for record in (opened(number), closed(number))])
+    found = recovering(file, remembered_max=3)
+    assert [record.round for record in found.awaiting] == [5, 6, 7]
+    # Answers are kept for those alone.
+    assert found.ledger.answers == 3
+
+
+def test_a_truth_without_its_round_is_named(file: Path) -> None:
+    write_journal(file, [truth(7)])
+    with pytest.raises(JournalUnusable, match="has the truth of round 7 and not its end"):
+        recovering(file)
+
+
+def test_a_journal_that_was_pruned_and_lost_its_checkpoint_is_not_begun_anew(file: Path) -> None:
+    write_journal(file, rounds(2))
+    with JournalReader(file) as reader:
+        assert reader.checkpoint() is None
+    write_journal(file, [opened(3)], checkpoints=[1])
+    execute(file, "UPDATE checkpoints SET snapshot = x'00'")
+    with pytest.raises(JournalUnusable, match="what was learned is lost; move the file away to begin anew"):
+        recovering(file)
+
+
+# --- through a coordinator -----------------------------------------------------------------------
+
+
+async def test_rounds_of_earlier_runs_take_their_truth(tmp_path: Path) -> None:
+    async with coordinating(tmp_path) as fleet:
+        await fleet.join(echo("a"), echo("b", "no"))
+        operator = await fleet.operator()
+        outcomes = [await operator.ask("echo", number, quorum=1.0) for number in range(3)]
+        await operator.reveal(outcomes[0].round, 0)
+    async with coordinating(tmp_path) as fleet:
+        operator = await fleet.operator()
+        revealed = await operator.reveal(outcomes[1].round, 1)
+        assert (revealed.correct, revealed.right) == (True, {"a": True, "b": False})
+        for number in (0, 1):
+            with pytest.raises(CallFailed, match="has been told before") as caught:
+                await operator.reveal(outcomes[number].round, number)
+            assert caught.value.reason == "already-revealed"
+        with pytest.raises(CallFailed) as caught:
+            await operator.reveal(outcomes[2].round + 1, 1)
+        assert caught.value.reason == "unknown-round"
+    journal = tmp_path / "journal.sqlite3"
+    assert recovering(journal).awaiting[0].round == outcomes[2].round
+    assert recovering(journal).ledger.learner.snapshot() == replay_all(journal)
+
+
+class NoSnapshot(VoteLearner):
+    """A learner whose state cannot be written down."""
+
+    def snapshot(self) -> bytes:
+        raise ZeroDivisionError
+
+
+async def test_a_learner_without_a_snapshot_costs_the_checkpoint_alone(tmp_path: Path) -> None:
+    settings = Settings(listen="memory:here", http="", state_dir=tmp_path, journal={"checkpoint_rounds": 1})
+    with structlog.testing.capture_logs() as logged:
+        async with Coordinator(settings, learner=NoSnapshot()) as coordinator:
+            await ask_and_tell(coordinator)
+    assert {"checkpoint_failed", "coordinator_stopped"} <= {entry["event"] for entry in logged}
+    kinds = [record.kind for _, _, record in read_journal(tmp_path / "journal.sqlite3")]
+    assert kinds == ["opened", "closed", "truth"]
+
+
+async def ask_and_tell(coordinator: Coordinator) -> None:
+    agent = asyncio.create_task(echo("a").run(coordinator.url, **coordinator.credentials))
+    async with await coordinator.client() as client:
+        async with asyncio.timeout(20.0):
+            while not (await client.agents()).agents:
+                pass
+        outcome = await client.ask("echo", 1, key="k")
+        assert outcome.value == 1
+        assert (await client.reveal(outcome.round, 1)).correct is True
+        assert await client.ask("echo", 1, key="k") == outcome
+    agent.cancel()
+    await asyncio.wait([agent])

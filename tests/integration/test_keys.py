@@ -1,0 +1,281 @@
+"""A question with a key: asked again, by whomever and whenever, it is the same round."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_making import Gated, echo
+from coordination import PATIENCE_S, Fleet, coordinating, until
+from journal_making import read_journal
+from quorate_coordinator import idempotency
+from quorate_coordinator.journal.records import RoundClosed, RoundOpened
+from quorate_protocol.errors import CallFailed, ConnectionClosed
+from quorate_protocol.messages import Outcome
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with coordinating(tmp_path / "state", rounds={"deadline_s": 15.0}) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+async def gated(fleet: Fleet) -> Gated:
+    gated = Gated("a")
+    await fleet.join(gated.agent)
+    return gated
+
+
+def closed(fleet: Fleet) -> dict[str, int]:
+    return fleet.coordinator.list_fleet().rounds_closed
+
+
+async def got(asking: "asyncio.Task[Outcome]") -> Outcome:
+    async with asyncio.timeout(PATIENCE_S):
+        return await asking
+
+
+async def withdraw(asking: "asyncio.Task[Any]") -> None:
+    asking.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await asking
+
+
+async def test_asked_again_it_is_the_same_outcome(fleet: Fleet) -> None:
+    await fleet.join(echo("a"))
+    first, second = await fleet.operator(), await fleet.operator()
+    outcome = await first.ask("echo", {"x": 1}, key="k-1", quorum=1, labels={})
+    assert await first.ask("echo", {"x": 1}, key="k-1", quorum=1) == outcome
+    assert await second.ask("echo", {"x": 1}, key="k-1", quorum=1) == outcome
+    streamed = second.ask_stream("echo", {"x": 1}, key="k-1", quorum=1)
+    results = [result async for result in streamed]
+    assert (results, streamed.outcome, streamed.opened, streamed.round) == (outcome.results, outcome, None, 1)
+    assert closed(fleet) == {"complete": 1}
+    assert (await first.ask("echo", {"x": 1}, key="k-2", quorum=1)).round == 2
+
+
+async def test_two_at_once_share_one_round(fleet: Fleet, gated: Gated) -> None:
+    first, second = await fleet.operator(), await fleet.operator()
+    asking = asyncio.create_task(first.ask("echo", 1, key="k"))
+    await until(lambda: gated.running == 1)
+
+    async def stream() -> tuple[list[str], Outcome, list[str]]:
+        replies = second.ask_stream("echo", 1, key="k")
+        agents = [result.agent async for result in replies]
+        assert replies.opened is not None
+        return agents, replies.outcome, replies.opened.selected
+
+    streaming = asyncio.create_task(stream())
+    repeated = fleet.coordinator._gatherer
+    await until(lambda: repeated.repeated_total == 1)
+    gated.gate.set()
+    outcome = await got(asking)
+    async with asyncio.timeout(PATIENCE_S):
+        assert await streaming == (["a"], outcome, ["a"])
+    assert (closed(fleet), gated.begun) == ({"complete": 1}, 1)
+
+
+@pytest.mark.parametrize("how", ["closed", "broken"])
+async def test_a_round_with_a_key_outlives_its_operators_connection(fleet: Fleet, gated: Gated, how: str) -> None:
+    first = await fleet.operator()
+    asking = asyncio.create_task(first.ask("echo", 1, key="k"))
+    await until(lambda: gated.running == 1)
+    if how == "closed":
+        await first.close()
+    else:
+        first._connection.abort()
+    with pytest.raises(ConnectionClosed):
+        await asking
+    await until(lambda: not fleet.coordinator._operators._owed)
+    second = await fleet.operator()
+    again = asyncio.create_task(second.ask("echo", 1, key="k"))
+    await until(lambda: fleet.coordinator._gatherer.repeated_total == 1)
+    assert (gated.running, gated.cancelled, closed(fleet)) == (1, 0, {})
+    gated.gate.set()
+    assert (await got(again)).value == 1
+    assert (closed(fleet), gated.begun) == ({"complete": 1}, 1)
+
+
+async def test_an_outcome_that_nobody_heard_is_there_for_who_asks_again(fleet: Fleet, gated: Gated) -> None:
+    first, second = await fleet.operator(), await fleet.operator()
+    asking = asyncio.create_task(first.ask("echo", 1, key="k"))
+    await until(lambda: gated.running == 1)
+    await first.close()
+    with pytest.raises(ConnectionClosed):
+        await asking
+    gated.gate.set()
+    await until(lambda: closed(fleet) == {"complete": 1})
+    assert (await second.ask("echo", 1, key="k")).round == 1
+    assert gated.begun == 1
+
+
+async def test_a_withdrawal_cancels_only_when_nobody_else_waits(fleet: Fleet, gated: Gated) -> None:
+    first, second = await fleet.operator(), await fleet.operator()
+    askings = [asyncio.create_task(client.ask("echo", 1, key="k")) for client in (first, second, first)]
+    await until(lambda: gated.running == 1 and fleet.coordinator._gatherer.repeated_total == 2)
+    await withdraw(askings[0])
+    await withdraw(askings[1])
+    await until(lambda: len(fleet.coordinator._operators._owed) == 1)
+    assert (closed(fleet), gated.cancelled) == ({}, 0)
+    await withdraw(askings[2])
+    await until(lambda: closed(fleet) == {"cancelled": 1})
+    await until(lambda: gated.cancelled == 1)
+
+
+async def test_a_withdrawal_counts_where_the_connection_ends_right_after(fleet: Fleet, gated: Gated) -> None:
+    """Ctrl-C: the call is reset, and the process ends."""
+    for number in range(1, 6):
+        operator = await fleet.operator()
+        asking = asyncio.create_task(operator.ask("echo", number, key=f"k-{number}"))
+        await until(lambda: gated.running == 1)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await operator.close()
+        await until(lambda number=number: closed(fleet) == {"cancelled": number})
+        await until(lambda: gated.running == 0)
+
+
+async def test_a_stream_that_is_left_is_withdrawn_where_the_connection_is_closed_at_once(
+    fleet: Fleet, gated: Gated
+) -> None:
+    await fleet.join(echo("b"))
+    operator = await fleet.operator()
+    async with operator.ask_stream("echo", 1, key="k", quorum=1.0) as replies:
+        async for _ in replies:
+            break
+    # The loop has not had a turn since.
+    await operator.close()
+    await until(lambda: closed(fleet) == {"cancelled": 1})
+
+
+async def test_a_round_that_was_withdrawn_frees_its_key_at_once(fleet: Fleet, gated: Gated) -> None:
+    operator = await fleet.operator()
+    for number in range(1, 11):
+        asking = asyncio.create_task(operator.ask("echo", number, key="k"))
+        await until(lambda number=number: gated.begun == number)
+        await withdraw(asking)
+        # It need not be durable when the same key, even with another question, is used again.
+        await until(lambda number=number: closed(fleet) == {"cancelled": number})
+    gated.gate.set()
+    async with asyncio.timeout(PATIENCE_S):
+        outcome = await operator.ask("echo", "last", key="k")
+    assert (outcome.state, outcome.value) == ("complete", "last")
+    assert closed(fleet) == {"cancelled": 10, "complete": 1}
+    assert await operator.ask("echo", "last", key="k") == outcome
+
+
+async def test_another_question_under_a_used_key_is_refused(fleet: Fleet, gated: Gated) -> None:
+    operator = await fleet.operator()
+    asking = asyncio.create_task(operator.ask("echo", 1, key="k"))
+    await until(lambda: gated.running == 1)
+
+    async def refused(value: Any, **options: Any) -> None:
+        with pytest.raises(CallFailed, match="key: 'k' was used for another question; take a new key") as caught:
+            await operator.ask("echo", value, key="k", **options)
+        assert (caught.value.reason, caught.value.retry) == ("bad-request", False)
+
+    await refused(2)
+    gated.gate.set()
+    await got(asking)
+    await refused(2)
+    await refused(1, quorum=1)
+    assert closed(fleet) == {"complete": 1}
+
+
+async def test_an_observer_is_refused_also_with_a_key_that_is_known(fleet: Fleet) -> None:
+    await fleet.join(echo("a"))
+    operator, observer = await fleet.operator(), await fleet.operator(role="observer")
+    await operator.ask("echo", 1, key="k")
+    with pytest.raises(CallFailed) as caught:
+        await observer.ask("echo", 1, key="k")
+    assert caught.value.reason == "forbidden"
+
+
+async def test_a_question_that_was_refused_leaves_its_key_free(fleet: Fleet) -> None:
+    operator = await fleet.operator()
+    with pytest.raises(CallFailed, match="no connected agent"):
+        await operator.ask("echo", 1, key="k")
+    await fleet.join(echo("a"))
+    with pytest.raises(CallFailed, match="over the 1 selected"):
+        await operator.ask("echo", 1, key="k", quorum=2)
+    assert (await operator.ask("echo", 1, key="k")).value == 1
+
+
+async def test_a_round_that_failed_is_an_outcome_as_any_other(fleet: Fleet) -> None:
+    gated = Gated("a")
+    await fleet.join(gated.agent)
+    operator = await fleet.operator()
+    outcome = await operator.ask("echo", 1, key="k", deadline_s=0.05)
+    assert outcome.state == "expired"
+    gated.gate.set()
+    assert await operator.ask("echo", 1, key="k", deadline_s=0.05) == outcome
+
+
+async def test_while_draining_what_was_answered_is_answered_again(fleet: Fleet) -> None:
+    await fleet.join(echo("a"))
+    operator = await fleet.operator()
+    outcome = await operator.ask("echo", 1, key="k")
+    assert await fleet.coordinator.drain(5.0)
+    assert await operator.ask("echo", 1, key="k") == outcome
+    with pytest.raises(CallFailed, match="draining"):
+        await operator.ask("echo", 1, key="new")
+
+
+async def test_the_journal_knows_keys_that_are_older_than_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(idempotency.Keys.__init__, "__kwdefaults__", {"kept_max": 1, "kept_bytes_max": 1 << 20})
+    async with coordinating(tmp_path) as fleet:
+        await fleet.join(echo("a"))
+        operator = await fleet.operator()
+        outcomes = [await operator.ask("echo", number, key=f"k-{number}") for number in range(5)]
+        for number, outcome in enumerate(outcomes):
+            assert await operator.ask("echo", number, key=f"k-{number}") == outcome
+        with pytest.raises(CallFailed, match="was used for another question"):
+            await operator.ask("echo", 1.5, key="k-0")
+    # Another run.
+    async with coordinating(tmp_path) as fleet:
+        operator = await fleet.operator()
+        for number, outcome in enumerate(outcomes):
+            assert await operator.ask("echo", number, key=f"k-{number}") == outcome
+        with pytest.raises(CallFailed, match="was used for another question"):
+            await operator.ask("echo", 1.5, key="k-0")
+        assert closed(fleet) == {}
+    records = [record for _, _, record in read_journal(tmp_path / "journal.sqlite3")]
+    assert [record.key for record in records if isinstance(record, RoundClosed)] == [f"k-{n}" for n in range(5)]
+    assert [record.key for record in records if isinstance(record, RoundOpened)] == [f"k-{n}" for n in range(5)]
+
+
+async def test_a_round_that_the_end_interrupted_is_asked_anew(tmp_path: Path) -> None:
+    async with coordinating(tmp_path) as fleet:
+        gated = Gated("a")
+        await fleet.join(gated.agent)
+        operator = await fleet.operator()
+        asking = asyncio.create_task(operator.ask("echo", 1, key="k"))
+        await until(lambda: gated.running == 1)
+        closing = asyncio.create_task(fleet.coordinator.close())
+        assert (await got(asking)).state == "interrupted"
+        await closing
+    async with coordinating(tmp_path) as fleet:
+        await fleet.join(echo("a"))
+        outcome = await (await fleet.operator()).ask("echo", 1, key="k")
+        assert outcome.state == "complete"
+        assert outcome.round > 1
+
+
+async def test_without_a_journal_keys_live_as_long_as_the_coordinator(tmp_path: Path) -> None:
+    for _ in range(2):
+        async with coordinating(tmp_path, journal={"sync": "off"}) as fleet:
+            await fleet.join(echo("a"))
+            operator = await fleet.operator()
+            outcome = await operator.ask("echo", 1, key="k")
+            assert await operator.ask("echo", 1, key="k") == outcome
+            assert (await operator.reveal(outcome.round, 1)).correct is True
+            assert closed(fleet) == {"complete": 1}
+    assert not (tmp_path / "journal.sqlite3").exists()
+    # Round numbers go on all the same.
+    assert outcome.round > 1
