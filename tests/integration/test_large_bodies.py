@@ -163,6 +163,17 @@ class TestValues:
         answers = [outcome.value async for outcome in client.ask_many("t", values, in_flight=3)]
         assert [digest_of(answer) for answer in answers] == [digest_of(value[:2_000_000] + 1) for value in values]
 
+    async def test_an_answer_that_is_the_question_lets_go_of_it(
+        self, fleet: Fleet, agent_stores: list[BlobStore]
+    ) -> None:
+        """Its parts are views of the spooled question: once it is delivered, nobody holds them, no cycle either."""
+        await fleet.join(answering("a", lambda body: body))
+        client = await fleet.operator()
+        question = noise(24 * MIB)
+        outcome = await client.ask("t", question)
+        assert digest_of(outcome.value) == digest_of(question)
+        await until(lambda: agent_stores[0].budget.disk_bytes == 0)
+
     async def test_an_agent_that_is_drained_delivers_its_answer_first(self, fleet: Fleet) -> None:
         await fleet.join(answering("a", lambda body: noise(48 * MIB)))
         client = await fleet.operator()
