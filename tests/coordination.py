@@ -17,7 +17,8 @@ from quorate_coordinator.settings import Settings
 from quorate_protocol.channel import Channel
 from quorate_protocol.client import Client
 from quorate_protocol.errors import ConnectionClosed
-from quorate_protocol.messages import AgentInfo, CoordinationOpened, Hello, Message, Resume, Role, Welcome
+from quorate_protocol.fields import Role
+from quorate_protocol.messages import AgentInfo, CoordinationOpened, Hello, Message, Resume, Welcome
 from quorate_protocol.transport import BiStream, ClientTls, Connection, Priority, connect
 
 #: Over anything that happens in time; a test that waits so long has failed.

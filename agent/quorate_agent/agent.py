@@ -33,8 +33,8 @@ from quorate_agent.events import StartAssignment, StartFeedback
 from quorate_agent.handlers import AgentInvalid, HandlerFunction, inspect_handler
 from quorate_agent.source import Source
 from quorate_protocol.errors import Code, ConnectionClosed
+from quorate_protocol.fields import Name
 from quorate_protocol.limits import LABELS_MAX, TASKS_MAX, TEXT_CHARS_MAX
-from quorate_protocol.messages import Name
 
 if TYPE_CHECKING:
     # With all their cryptography, which defining an agent does not need.

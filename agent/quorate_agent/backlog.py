@@ -4,6 +4,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from quorate_protocol.fields import Body
+
 
 @dataclass(frozen=True, slots=True)
 class BacklogLimits:
@@ -19,8 +21,9 @@ class BacklogLimits:
     #: Rounds whose body is kept for feedback; the oldest are forgotten beyond it. The truth may come
     #: a long time and many rounds after the question.
     remembered_max: int = 16_384
-    #: Bytes of those bodies.
+    #: Bytes of those bodies in memory; and on disk: a quarter of what may be there, so that more may come.
     remembered_bytes_max: int = 64 << 20
+    remembered_disk_bytes_max: int = 4 << 30
     #: Replies kept to be sent again over another link; the oldest are forgotten beyond it. Between two
     #: pulses, when those that were delivered are forgotten, a fast agent makes some thousands: the oldest
     #: of them have long arrived.
@@ -30,6 +33,18 @@ class BacklogLimits:
     replies_bytes_max: int = 32 << 20
 
 
+def memory_bytes(body: Body | None) -> int:
+    """Bytes that a body takes in memory."""
+    if isinstance(body, bytes):
+        return len(body)
+    return 0 if body is None or body.content is None or body.content.is_on_disk else body.size
+
+
+def disk_bytes(body: Body) -> int:
+    """Bytes that a body takes on disk."""
+    return 0 if isinstance(body, bytes) else body.size - memory_bytes(body)
+
+
 @dataclass(slots=True)
 class Work:
     """An assignment or a feedback, from its arrival until its handler has ended."""
@@ -37,10 +52,10 @@ class Work:
     id: int
     round: int
     task: str
-    body: bytes
+    body: Body
     received_at: float
     #: None for an assignment.
-    truth: bytes | None = None
+    truth: Body | None = None
     attempt: int = 1
     deadline: float = 0.0
     started_at: float = 0.0
@@ -53,7 +68,7 @@ class Work:
 
     @property
     def size_bytes(self) -> int:
-        return len(self.body) + len(self.truth or b"")
+        return memory_bytes(self.body) + memory_bytes(self.truth)
 
 
 class WorkQueue:
@@ -110,8 +125,9 @@ class RememberedBodies:
 
     def __init__(self, limits: BacklogLimits) -> None:
         self._limits = limits
-        self._bodies: OrderedDict[int, tuple[str, bytes]] = OrderedDict()
+        self._bodies: OrderedDict[int, tuple[str, Body]] = OrderedDict()
         self._bytes = 0
+        self._disk_bytes = 0
 
     def __len__(self) -> int:
         return len(self._bodies)
@@ -120,18 +136,23 @@ class RememberedBodies:
     def size_bytes(self) -> int:
         return self._bytes
 
-    def put(self, round_id: int, task: str, body: bytes) -> int:
+    def put(self, round_id: int, task: str, body: Body) -> int:
         """Remembers a body as the newest. Returns how many of the oldest were forgotten for it."""
         self._discard(round_id)
         self._bodies[round_id] = (task, body)
-        self._bytes += len(body)
+        self._bytes += memory_bytes(body)
+        self._disk_bytes += disk_bytes(body)
         forgotten = 0
-        while len(self._bodies) > self._limits.remembered_max or self._bytes > self._limits.remembered_bytes_max:
+        while (
+            len(self._bodies) > self._limits.remembered_max
+            or self._bytes > self._limits.remembered_bytes_max
+            or self._disk_bytes > self._limits.remembered_disk_bytes_max
+        ):
             self._discard(next(iter(self._bodies)))
             forgotten += 1
         return forgotten
 
-    def take(self, round_id: int, task: str) -> bytes | None:
+    def take(self, round_id: int, task: str) -> Body | None:
         """The body of the round, forgotten from now on; None when it is not there or was another task's."""
         known = self._bodies.get(round_id)
         if known is None or known[0] != task:
@@ -142,4 +163,5 @@ class RememberedBodies:
     def _discard(self, round_id: int) -> None:
         known = self._bodies.pop(round_id, None)
         if known is not None:
-            self._bytes -= len(known[1])
+            self._bytes -= memory_bytes(known[1])
+            self._disk_bytes -= disk_bytes(known[1])

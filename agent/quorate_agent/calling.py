@@ -8,9 +8,12 @@ import structlog
 from quorate_agent.agent import Context
 from quorate_agent.events import HandlerDeclined, HandlerFailed, HandlerReturned, StartAssignment, StartFeedback
 from quorate_agent.handlers import Declined, Handler
-from quorate_protocol.bodies import decode_body, encode_body
+from quorate_protocol.blobs import Blob, blob_of, make_blob
+from quorate_protocol.bodies import decode_body, encode_body_parts
+from quorate_protocol.bulk import ref_to
 from quorate_protocol.errors import FrameMalformed, LocalError
-from quorate_protocol.limits import BODY_BYTES_MAX
+from quorate_protocol.fields import Body
+from quorate_protocol.limits import BODY_BYTES_MAX, BULK_BYTES_MAX
 
 log = structlog.get_logger()
 
@@ -31,7 +34,8 @@ def call(handler: Handler, start: Start, context: Context) -> Ended:
             if hasattr(result, "close"):
                 result.close()
             raise TypeError("the handler returned an awaitable; declare it with async def")
-        return _returned(handler, start, result, clock)
+        parts = _encode(handler, result)
+        return _returned(start, parts if isinstance(parts, bytes) else blob_of(parts), clock)
     except BaseException as error:  # noqa: BLE001  sys.exit() in a handler ends the handler, not its thread or process
         return _raised(handler, start, error, clock)
 
@@ -44,7 +48,8 @@ async def call_async(handler: Handler, start: Start, context: Context) -> Ended:
         clock.start()
         result = await handler.function(*arguments)
         clock.stop()
-        return _returned(handler, start, result, clock)
+        parts = _encode(handler, result)
+        return _returned(start, parts if isinstance(parts, bytes) else await make_blob(parts), clock)
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is, it is the handler's
         return _raised(handler, start, error, clock)
     finally:
@@ -78,26 +83,38 @@ def _arguments(handler: Handler, start: Start, context: Context) -> list[Any]:
     return arguments
 
 
-def _unpack(what: str, data: bytes) -> Any:
+def _unpack(what: str, body: Body) -> Any:
     try:
-        return decode_body(data)
+        if isinstance(body, bytes):
+            return decode_body(body)
+        assert body.content is not None, "work starts when its bodies are there"
+        return decode_body(body.content.view())
     except FrameMalformed as error:
         raise Unusable(f"the {what} that came cannot be unpacked: {error}") from error
+    except OSError as error:
+        raise Unusable(f"the {what} that came cannot be read: {error}") from error
 
 
 class Unusable(Exception):
     """What came or is to go cannot travel; told as it is, without a traceback."""
 
 
-def _returned(handler: Handler, start: Start, result: Any, clock: Stopwatch) -> Ended:
+def _encode(handler: Handler, result: Any) -> bytes | list[bytes | memoryview]:
+    """A small answer; or the parts of a large one, which are the memory of its arrays."""
     if handler.kind == "feedback":
-        return HandlerReturned(start.work, compute_s=clock.elapsed_s)
+        return b""
     try:
-        body = encode_body(result)
+        parts = encode_body_parts(result)
     except LocalError as error:
         raise Unusable(f"the answer cannot be sent: {error}") from error
-    if len(body) > BODY_BYTES_MAX:
-        raise Unusable(f"answer of {len(body)} bytes is over the {BODY_BYTES_MAX} that travel inline")
+    size_bytes = sum(map(len, parts))
+    if size_bytes > BULK_BYTES_MAX:
+        raise Unusable(f"the answer of {size_bytes} bytes is over the {BULK_BYTES_MAX} that can travel")
+    return parts if size_bytes > BODY_BYTES_MAX else b"".join(parts)
+
+
+def _returned(start: Start, answer: bytes | Blob, clock: Stopwatch) -> Ended:
+    body: Body = answer if isinstance(answer, bytes) else ref_to(answer).with_content(answer)
     return HandlerReturned(start.work, body, clock.elapsed_s)
 
 

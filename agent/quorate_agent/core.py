@@ -23,6 +23,10 @@ of the queue starts as soon as it may, and nothing overtakes it: an assignment w
 `concurrency` assignments and no feedback run, feedback when nothing runs. So a model is never trained
 while it predicts, and each assignment sees exactly the feedback that came before it.
 
+*Large bodies* come on streams of their own, after the frame that announces them: the work goes to the end of
+the queue when its body is there. So an assignment with a large body may be worked on after feedback that was
+told later, and a large truth be learned after assignments that were asked later; nothing else waits for them.
+
 A cancelled handler keeps its place until it has really ended: a thread cannot be stopped, and feedback
 must not run beside it.
 """
@@ -36,6 +40,7 @@ from quorate_agent import events as ev
 from quorate_agent.backlog import BacklogLimits, RememberedBodies, Work, WorkQueue
 from quorate_agent.reply_log import ReplyLog
 from quorate_agent.states import TRANSITIONS, WORK_EVENTS, State
+from quorate_protocol.fields import Body
 from quorate_protocol.messages import clip_text
 
 
@@ -82,6 +87,15 @@ class _Session:
     received: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """Work whose body has not come."""
+
+    announced: ev.AssignmentAnnounced | ev.FeedbackAnnounced
+    #: With an assignment: when its round ends.
+    deadline: float = 0.0
+
+
 class AgentCore:
     """See the module. `now` is in seconds of any clock that does not go back.
 
@@ -112,6 +126,8 @@ class AgentCore:
         self._running: dict[int, Work] = {}
         #: Assignments that wait or run and that somebody waits for: round to attempt.
         self._attempts: dict[int, int] = {}
+        #: What waits for its body.
+        self._awaited: dict[tuple[ev.BodyOf, int], _Awaited] = {}
         self._work_ids = itertools.count(1)
         self._session: _Session | None = None
         #: Whether there is a link, welcomed or not.
@@ -197,6 +213,8 @@ class AgentCore:
                 self.counts.replies_lost += missing
                 out.append(ev.Log("warning", "replies_not_kept", {"count": missing}))
             out += again
+            # Assignments are announced again; truths that were announced are not, but their bodies come.
+            out += [_receive_of(waiting, now) for waiting in self._awaited.values()]
         else:
             self._forget_session(out)
             self.counts.sessions += 1
@@ -223,6 +241,7 @@ class AgentCore:
             return
         is_over = self._is_linked and (event.is_over or self._session is None or not self._session.secret)
         self._has_link = self._is_linked = False
+        self._awaited = {key: waiting for key, waiting in self._awaited.items() if key[0] == "feedback"}
         if is_over:
             self._forget_session(out)
         if event.replaced:
@@ -267,7 +286,7 @@ class AgentCore:
     def _has_business(self) -> bool:
         """Whether the session, where it can be resumed, has or will have replies that may not have been delivered."""
         can_resume = self._session is not None and bool(self._session.secret)
-        return can_resume and bool(self._attempts or len(self._replies))
+        return can_resume and bool(self._attempts or len(self._replies) or self._replies.bodies_under_way)
 
     def _depart(self, out: list[ev.Instruction]) -> None:
         """Drained: leaves the session, for good when asked to stop, otherwise to come back later."""
@@ -277,6 +296,7 @@ class AgentCore:
         self._has_link = self._is_linked = False
         self._session = None
         self._replies.begin()
+        self._awaited.clear()
         if self._stop_reason is not None:
             self._end(ev.EndingKind.STOPPED, reason, out)
         else:
@@ -288,6 +308,7 @@ class AgentCore:
         self.counts.lost += self._abandon(lambda work: not work.is_feedback, out)
         self._session = None
         self._replies.begin()
+        self._awaited.clear()
 
     def _end(self, kind: ev.EndingKind, reason: str, out: list[ev.Instruction], *, refusal: str = "") -> None:
         self.state = State.GONE
@@ -298,17 +319,74 @@ class AgentCore:
     # --- work ------------------------------------------------------------------------------------
 
     def _on_assignment(self, event: ev.AssignmentReceived, now: float, out: list[ev.Instruction]) -> None:
+        if not self._count_frame() or self._is_known(event):
+            return
+        self._abandon_earlier(event.round, out)
+        if self.state is State.DRAINING and event.task in self._tasks:
+            self.counts.assignments += 1
+            self._remember(event, event.body)
+            self._decline(event, "this agent is draining", out)
+        else:
+            self._take(event, event.body, now, now + event.deadline_s, out)
+        # One that was abandoned may have been all that there was to finish.
+        self._continue(now, out)
+
+    def _on_assignment_announced(self, event: ev.AssignmentAnnounced, now: float, out: list[ev.Instruction]) -> None:
         if not self._count_frame():
             return
-        if self._attempts.get(event.round, 0) >= event.attempt or self._replies.has(event.round, event.attempt):
-            # Delivered again. A reply that is kept has been sent over this link.
-            self.counts.duplicates += 1
+        if self._is_known(event):
+            out.append(ev.RefuseBody("assignment", event.round, event.body))
             return
-        self.counts.assignments += 1
-        if event.round in self._attempts:
-            self.counts.cancelled += self._abandon(lambda work: work.round == event.round and not work.is_feedback, out)
-        self._take(event, now, out)
-        # One that was abandoned may have been all that there was to finish.
+        self._abandon_earlier(event.round, out)
+        problem = ""
+        if event.task not in self._tasks:
+            problem = f"this agent has no task {event.task!r}"
+        elif self.state is State.DRAINING:
+            problem = "this agent is draining"
+        if problem:
+            self.counts.assignments += 1
+            self._decline(event, problem, out)
+            out.append(ev.RefuseBody("assignment", event.round, event.body))
+        else:
+            waiting = self._awaited["assignment", event.round] = _Awaited(event, now + event.deadline_s)
+            out.append(_receive_of(waiting, now))
+        self._continue(now, out)
+
+    def _is_known(self, event: ev.AssignmentReceived | ev.AssignmentAnnounced) -> bool:
+        """Whether an assignment was delivered before. A reply that is kept has been sent over this link."""
+        if self._attempts.get(event.round, 0) >= event.attempt or self._replies.has(event.round, event.attempt):
+            self.counts.duplicates += 1
+            return True
+        return False
+
+    def _abandon_earlier(self, round_id: int, out: list[ev.Instruction]) -> None:
+        """Another attempt takes the place of what is known of a round."""
+        if round_id in self._attempts:
+            self.counts.cancelled += self._abandon(lambda work: work.round == round_id and not work.is_feedback, out)
+
+    def _on_body_received(self, event: ev.BodyReceived, now: float, out: list[ev.Instruction]) -> None:
+        waiting = self._awaited.pop((event.of, event.round), None)
+        if waiting is None:
+            return
+        if isinstance(waiting.announced, ev.FeedbackAnnounced):
+            self._take_truth(event.round, waiting.announced.task, event.body, now, out)
+        else:
+            self._take(waiting.announced, event.body, now, waiting.deadline, out)
+        self._continue(now, out)
+
+    def _on_body_failed(self, event: ev.BodyFailed, now: float, out: list[ev.Instruction]) -> None:
+        waiting = self._awaited.pop((event.of, event.round), None)
+        if waiting is None:
+            return
+        announced = waiting.announced
+        if isinstance(announced, ev.FeedbackAnnounced):
+            self.counts.feedback_dropped += 1
+            fields = {"round": event.round, "task": announced.task, "problem": event.error}
+            out.append(ev.Log("warning", "feedback_dropped", fields))
+        else:
+            self.counts.assignments += 1
+            self.counts.failed += 1
+            self._reply(ev.SendReply(event.round, announced.attempt, "failed", error=clip_text(event.error)), out)
         self._continue(now, out)
 
     def _count_frame(self) -> bool:
@@ -318,24 +396,34 @@ class AgentCore:
         self._session.received += 1
         return True
 
-    def _take(self, event: ev.AssignmentReceived, now: float, out: list[ev.Instruction]) -> None:
+    def _remember(self, event: ev.AssignmentReceived | ev.AssignmentAnnounced, body: Body) -> None:
+        if event.task in self._feedback_tasks:
+            self.counts.bodies_forgotten += self._remembered.put(event.round, event.task, body)
+
+    def _take(
+        self,
+        event: ev.AssignmentReceived | ev.AssignmentAnnounced,
+        body: Body,
+        now: float,
+        deadline: float,
+        out: list[ev.Instruction],
+    ) -> None:
+        """An assignment that is not known is there, with its body."""
+        self.counts.assignments += 1
         if event.task not in self._tasks:
             self._decline(event, f"this agent has no task {event.task!r}", out)
             return
-        if event.task in self._feedback_tasks:
-            self.counts.bodies_forgotten += self._remembered.put(event.round, event.task, event.body)
+        self._remember(event, body)
         work = Work(
             id=next(self._work_ids),
             round=event.round,
             task=event.task,
-            body=event.body,
+            body=body,
             received_at=now,
             attempt=event.attempt,
-            deadline=now + event.deadline_s,
+            deadline=deadline,
         )
-        if self.state is State.DRAINING:
-            self._decline(event, "this agent is draining", out)
-        elif not self._queue.has_room(work):
+        if not self._queue.has_room(work):
             self._decline(event, f"queue full: {len(self._queue)} wait", out)
         else:
             self._queue.push(work)
@@ -344,20 +432,34 @@ class AgentCore:
     def _on_cancellation(self, event: ev.CancellationReceived, now: float, out: list[ev.Instruction]) -> None:
         if self._count_frame():
             self.counts.cancelled += self._abandon(lambda work: work.round == event.round and not work.is_feedback, out)
+            was_awaited = self._awaited.pop(("assignment", event.round), None) is not None
+            self.counts.cancelled += was_awaited
+            if self._replies.drop_bodies(event.round) or was_awaited:
+                out.append(ev.StopBodies(event.round))
             self._continue(now, out)
 
     def _on_feedback(self, event: ev.FeedbackReceived, now: float, out: list[ev.Instruction]) -> None:
-        if not self._count_frame() or event.task not in self._feedback_tasks:
+        if self._count_frame() and event.task in self._feedback_tasks:
+            self._take_truth(event.round, event.task, event.truth, now, out)
+
+    def _on_feedback_announced(self, event: ev.FeedbackAnnounced, now: float, out: list[ev.Instruction]) -> None:
+        if not self._count_frame():
             return
-        body = self._remembered.take(event.round, event.task)
-        fields = {"round": event.round, "task": event.task}
+        if event.task in self._feedback_tasks:
+            waiting = self._awaited["feedback", event.round] = _Awaited(event)
+            out.append(_receive_of(waiting, now))
+        else:
+            out.append(ev.RefuseBody("feedback", event.round, event.truth))
+
+    def _take_truth(self, round_id: int, task: str, truth: Body, now: float, out: list[ev.Instruction]) -> None:
+        """A truth is there."""
+        body = self._remembered.take(round_id, task)
+        fields = {"round": round_id, "task": task}
         if body is None:
             self.counts.feedback_forgotten += 1
             out.append(ev.Log("warning", "feedback_forgotten", fields))
             return
-        work = Work(
-            id=next(self._work_ids), round=event.round, task=event.task, body=body, received_at=now, truth=event.truth
-        )
+        work = Work(id=next(self._work_ids), round=round_id, task=task, body=body, received_at=now, truth=truth)
         if not self._queue.has_room(work):
             self.counts.feedback_dropped += 1
             out.append(ev.Log("warning", "feedback_dropped", fields))
@@ -387,6 +489,10 @@ class AgentCore:
     def _on_replies_delivered(self, event: ev.RepliesDelivered, now: float, out: list[ev.Instruction]) -> None:
         if self._is_linked:
             self._replies.delivered()
+
+    def _on_reply_body_delivered(self, event: ev.ReplyBodyDelivered, now: float, out: list[ev.Instruction]) -> None:
+        self._replies.body_delivered(event.round, event.attempt)
+        self._continue(now, out)
 
     def _reply(self, reply: ev.SendReply, out: list[ev.Instruction]) -> None:
         """Sends a reply now, or when the session has a link again."""
@@ -422,7 +528,9 @@ class AgentCore:
             waited_s=waited_s,
         )
 
-    def _decline(self, event: ev.AssignmentReceived, reason: str, out: list[ev.Instruction]) -> None:
+    def _decline(
+        self, event: ev.AssignmentReceived | ev.AssignmentAnnounced, reason: str, out: list[ev.Instruction]
+    ) -> None:
         self.counts.declined += 1
         self._reply(ev.SendReply(event.round, event.attempt, "declined", error=clip_text(reason)), out)
 
@@ -453,6 +561,8 @@ class AgentCore:
             elif len(self._running) >= self._concurrency or any(w.is_feedback for w in self._running.values()):
                 break
             self._start(self._queue.pop(), now, out)
+        if self._is_linked and (self._awaited or self._replies.bodies_under_way):
+            return
         is_drained = self.state is State.DRAINING and not self._running and not self._queue
         if is_drained and (self._is_linked or not self._has_business()):
             self._depart(out)
@@ -466,6 +576,13 @@ class AgentCore:
             out.append(ev.StartAssignment(work.id, work.round, work.attempt, work.task, work.body, work.deadline))
 
 
+def _receive_of(waiting: _Awaited, now: float) -> ev.ReceiveBody:
+    announced = waiting.announced
+    if isinstance(announced, ev.FeedbackAnnounced):
+        return ev.ReceiveBody("feedback", announced.round, announced.truth, None)
+    return ev.ReceiveBody("assignment", announced.round, announced.body, max(0.0, waiting.deadline - now))
+
+
 _HANDLERS: Final[dict[type, Callable[[AgentCore, Any, float, list[ev.Instruction]], None]]] = {
     ev.ConnectFailed: AgentCore._on_connect_failed,
     ev.ConnectGivenUp: AgentCore._on_connect_given_up,
@@ -474,8 +591,13 @@ _HANDLERS: Final[dict[type, Callable[[AgentCore, Any, float, list[ev.Instruction
     ev.WelcomeReceived: AgentCore._on_welcome,
     ev.RefusalReceived: AgentCore._on_refusal,
     ev.AssignmentReceived: AgentCore._on_assignment,
+    ev.AssignmentAnnounced: AgentCore._on_assignment_announced,
     ev.CancellationReceived: AgentCore._on_cancellation,
     ev.FeedbackReceived: AgentCore._on_feedback,
+    ev.FeedbackAnnounced: AgentCore._on_feedback_announced,
+    ev.BodyReceived: AgentCore._on_body_received,
+    ev.BodyFailed: AgentCore._on_body_failed,
+    ev.ReplyBodyDelivered: AgentCore._on_reply_body_delivered,
     ev.DrainReceived: AgentCore._on_drain,
     ev.RepliesDelivered: AgentCore._on_replies_delivered,
     ev.HandlerReturned: AgentCore._on_handler_ended,

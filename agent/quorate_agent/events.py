@@ -1,12 +1,18 @@
 """What can happen to an agent's core (events) and what it asks of its shell (instructions).
 
-Bodies and truths are opaque msgpack bytes here; the core never looks into them.
+Bodies and truths are opaque here: msgpack bytes, or references that carry what they stand for, and let go of it when
+the core lets go of them. The core never looks into either.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
+
+from quorate_protocol.fields import Body, BodyRef
+
+#: What a body that comes on a stream of its own belongs to.
+BodyOf = Literal["assignment", "feedback"]
 
 
 class EndingKind(Enum):
@@ -83,8 +89,20 @@ class AssignmentReceived:
 
     round: int
     task: str
-    body: bytes
+    body: Body
     #: Seconds left until the round's end when it was received, at most.
+    deadline_s: float
+    attempt: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class AssignmentAnnounced:
+    """A round asks this agent, and its body comes on a stream of its own."""
+
+    round: int
+    task: str
+    body: BodyRef
+    #: As in `AssignmentReceived`.
     deadline_s: float
     attempt: int = 1
 
@@ -102,7 +120,43 @@ class FeedbackReceived:
 
     round: int
     task: str
-    truth: bytes
+    truth: Body
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackAnnounced:
+    """The truth of a round became known, and comes on a stream of its own."""
+
+    round: int
+    task: str
+    truth: BodyRef
+
+
+@dataclass(frozen=True, slots=True)
+class BodyReceived:
+    """A body that was to come on a stream of its own is there."""
+
+    of: BodyOf
+    round: int
+    body: Body
+
+
+@dataclass(frozen=True, slots=True)
+class BodyFailed:
+    """A body did not come as it was announced, or there is no room for it. Not when the link broke."""
+
+    of: BodyOf
+    round: int
+    #: What to tell the operator.
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyBodyDelivered:
+    """The coordinator has the body of a reply, or does not want it."""
+
+    round: int
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +179,7 @@ class HandlerReturned:
 
     work: int
     #: The packed answer; empty for feedback.
-    body: bytes = b""
+    body: Body = b""
     #: Seconds that the handler ran.
     compute_s: float = 0.0
 
@@ -169,8 +223,13 @@ Event = (
     | WelcomeReceived
     | RefusalReceived
     | AssignmentReceived
+    | AssignmentAnnounced
     | CancellationReceived
     | FeedbackReceived
+    | FeedbackAnnounced
+    | BodyReceived
+    | BodyFailed
+    | ReplyBodyDelivered
     | DrainReceived
     | RepliesDelivered
     | HandlerReturned
@@ -210,17 +269,44 @@ class OpenCoordination:
 
 @dataclass(frozen=True, slots=True)
 class SendReply:
-    """Send `reply` on the coordination stream."""
+    """Send `reply` on the coordination stream; then its body on one of its own, where that is a reference."""
 
     round: int
     attempt: int
     status: Literal["replied", "declined", "failed"]
-    body: bytes | None = None
+    body: Body | None = None
     error: str = ""
     #: Seconds that the handler ran.
     compute_s: float = 0.0
     #: Seconds that the assignment waited because other handlers ran.
     waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveBody:
+    """Wait for a body, and tell how that ended, unless the link breaks."""
+
+    of: BodyOf
+    round: int
+    body: BodyRef
+    #: Seconds; None for as long as it may reasonably take.
+    timeout_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseBody:
+    """Nobody here wants this body: stop its stream, when it comes."""
+
+    of: BodyOf
+    round: int
+    body: BodyRef
+
+
+@dataclass(frozen=True, slots=True)
+class StopBodies:
+    """The round is over: give up its question that comes and its answer that goes."""
+
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +317,7 @@ class StartAssignment:
     round: int
     attempt: int
     task: str
-    body: bytes
+    body: Body
     #: When the round ends, in the core's time.
     deadline: float
 
@@ -243,8 +329,8 @@ class StartFeedback:
     work: int
     round: int
     task: str
-    body: bytes
-    truth: bytes
+    body: Body
+    truth: Body
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +389,9 @@ Instruction = (
     SendHello
     | OpenCoordination
     | SendReply
+    | ReceiveBody
+    | RefuseBody
+    | StopBodies
     | StartAssignment
     | StartFeedback
     | CancelHandler

@@ -1,6 +1,7 @@
 """What an agent and the processes of its handlers say to each other: dataclasses, as msgpack frames on a socket pair.
 
-Bodies are bytes here as they are on the wire: the child unpacks them and packs the answer. Nothing is pickled.
+Bodies are bytes here as they are on the wire: the child unpacks them and packs the answer. Nothing is pickled. Large
+ones go the same way, with their digest: they are copied, and one frame, which is 4 GiB at most, holds them.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,9 @@ from quorate_agent.events import (
     StartAssignment,
     StartFeedback,
 )
+from quorate_protocol.blobs import Blob
+from quorate_protocol.bulk import ref_to
+from quorate_protocol.fields import BodyRef
 from quorate_protocol.frames import FrameDecoder, encode_frame
 
 #: As much as a length prefix can say. Both ends are one program, and what a peer sent was bounded where it came in.
@@ -53,6 +57,9 @@ class LoadingFailed:
 ToChild = Load | StartAssignment | StartFeedback | CancelHandler
 FromChild = Loaded | LoadingFailed | HandlerReturned | HandlerDeclined | HandlerFailed
 
+#: Keys that hold bodies.
+_BODIES: Final = ("body", "truth")
+
 _KINDS: Final[dict[str, type[Any]]] = {
     kind.__name__: kind
     for kind in (
@@ -75,8 +82,15 @@ def pack(message: ToChild | FromChild) -> bytes:
     Raises:
         LocalError: a value has no msgpack form.
     """
-    values = {field.name: getattr(message, field.name) for field in fields(message)}
+    values = {field.name: _plain(getattr(message, field.name)) for field in fields(message)}
     return encode_frame({"type": type(message).__name__, **values}, frame_bytes_max=_FRAME_BYTES_MAX)
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, BodyRef):
+        return value
+    assert value.content is not None, "bodies are handed on when they are there"
+    return [value.digest, bytes(value.content.view())]
 
 
 class Unpacker:
@@ -95,5 +109,10 @@ class Unpacker:
         messages = []
         for values in self._decoder.feed(data):
             kind = _KINDS[values.pop("type")]
+            for name in _BODIES:
+                if isinstance(values.get(name), list):
+                    digest, content = values[name]
+                    blob = Blob(len(content), digest, parts=(content,))
+                    values[name] = ref_to(blob).with_content(blob)
             messages.append(kind(**values))
         return messages

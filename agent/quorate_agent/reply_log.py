@@ -4,6 +4,7 @@ from collections import deque
 
 from quorate_agent.backlog import BacklogLimits
 from quorate_agent.events import SendReply
+from quorate_protocol.fields import BodyRef, inline_bytes
 
 
 class ReplyLog:
@@ -12,12 +13,17 @@ class ReplyLog:
     A reply may be forgotten once the coordinator's transport has acknowledged it: a coordinator reads what
     has arrived over a link before it lets the session go on over the next one. That it was given is
     remembered for longer: the assignment may be under way once more, sent before the reply was there.
+
+    A reply whose body travels on a stream of its own is kept until that was delivered, too: over the next link it is
+    sent again, as another reply, with its body.
     """
 
     def __init__(self, limits: BacklogLimits) -> None:
         self._limits = limits
         self._replies: deque[SendReply] = deque()
         self._bytes = 0
+        #: By round and attempt, those whose body has not been delivered.
+        self._under_way: dict[tuple[int, int], SendReply] = {}
         #: Round and attempt of those that are kept or were delivered, the oldest first.
         self._known: dict[tuple[int, int], None] = {}
         #: The number of the first that is kept; of the next one when none is.
@@ -25,6 +31,11 @@ class ReplyLog:
 
     def __len__(self) -> int:
         return len(self._replies)
+
+    @property
+    def bodies_under_way(self) -> int:
+        """Replies whose body is on a stream of its own and has not been delivered."""
+        return len(self._under_way)
 
     @property
     def size_bytes(self) -> int:
@@ -39,6 +50,8 @@ class ReplyLog:
         """Keeps a reply as the newest; the oldest make room. The newest is kept whatever its size."""
         self._replies.append(reply)
         self._known[reply.round, reply.attempt] = None
+        if isinstance(reply.body, BodyRef):
+            self._under_way[reply.round, reply.attempt] = reply
         if len(self._known) > 2 * self._limits.replies_max:
             del self._known[next(iter(self._known))]
         self._bytes += _size_bytes(reply)
@@ -48,9 +61,21 @@ class ReplyLog:
             lost = self._forget_first()
             # It may never have arrived: the assignment, if it comes again, is to be worked on.
             self._known.pop((lost.round, lost.attempt), None)
+            self._under_way.pop((lost.round, lost.attempt), None)
+
+    def body_delivered(self, round_id: int, attempt: int) -> None:
+        """The body of a reply has been delivered."""
+        self._under_way.pop((round_id, attempt), None)
+
+    def drop_bodies(self, round_id: int) -> bool:
+        """Nobody waits for the bodies of a round; returns whether one was under way."""
+        dropped = [known for known in self._under_way if known[0] == round_id]
+        for known in dropped:
+            del self._under_way[known]
+        return bool(dropped)
 
     def delivered(self) -> None:
-        """All that are kept have been delivered."""
+        """All frames of those that are kept have been delivered."""
         self._first += len(self._replies)
         self._replies.clear()
         self._bytes = 0
@@ -64,12 +89,17 @@ class ReplyLog:
             self._forget_first()
         missing = max(0, self._first - received - 1)
         self._first = received + 1
+        kept = {id(reply) for reply in self._replies}
+        cut_off = [reply for reply in self._under_way.values() if id(reply) not in kept]
+        self._replies.extendleft(reversed(cut_off))
+        self._bytes += sum(map(_size_bytes, cut_off))
         return list(self._replies), missing
 
     def begin(self) -> None:
         """Another session: nothing is kept, and the numbers begin anew."""
         self._replies.clear()
         self._known.clear()
+        self._under_way.clear()
         self._bytes = 0
         self._first = 1
 
@@ -81,4 +111,5 @@ class ReplyLog:
 
 
 def _size_bytes(reply: SendReply) -> int:
-    return len(reply.body or b"") + len(reply.error)
+    # What a reference stands for is bounded by the rounds that one agent may owe.
+    return inline_bytes(reply.body) + len(reply.error)

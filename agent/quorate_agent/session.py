@@ -8,7 +8,10 @@ from typing import Any, Final
 import structlog
 
 from quorate_agent import events as ev
+from quorate_agent.session_bodies import SessionBodies
+from quorate_protocol.blobs import BlobStore
 from quorate_protocol.errors import Code, ConnectionClosed, LinkError, ProtocolError, StreamError, UnexpectedMessage
+from quorate_protocol.fields import BodyRef, place
 from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.messages import (
     PULSE,
@@ -22,6 +25,7 @@ from quorate_protocol.messages import (
     Refusal,
     Reply,
     Welcome,
+    body_of,
     parse_message,
 )
 from quorate_protocol.transport import BiStream, Connection, Priority
@@ -40,7 +44,17 @@ _LEAVE_POLL_S: Final = 0.005
 _CLOSE_NEWS_TIMEOUT_S: Final = 0.5
 
 #: What the core asks of a session.
-SessionInstruction = ev.SendHello | ev.OpenCoordination | ev.SendReply | ev.SendDrain | ev.Leave | ev.CloseLink
+SessionInstruction = (
+    ev.SendHello
+    | ev.OpenCoordination
+    | ev.SendReply
+    | ev.ReceiveBody
+    | ev.RefuseBody
+    | ev.StopBodies
+    | ev.SendDrain
+    | ev.Leave
+    | ev.CloseLink
+)
 
 
 class _SessionEnded(Exception):
@@ -66,6 +80,7 @@ class Session:
         connection: Fresh; closed by `run`.
         make_hello: Makes the frame to begin with, given what to resume.
         agent_id: For logs.
+        store: Where large bodies go.
         apply: Takes the events of this session.
         welcomed: Called with the welcome when the session stands.
     """
@@ -76,6 +91,7 @@ class Session:
         *,
         make_hello: Callable[[ev.Resume | None], bytes],
         agent_id: str,
+        store: BlobStore,
         apply: Callable[[ev.Event], None],
         welcomed: Callable[[Welcome], None],
     ) -> None:
@@ -84,6 +100,7 @@ class Session:
         self._agent_id = agent_id
         self._apply = apply
         self._welcomed = welcomed
+        self._bodies = SessionBodies(connection, store, agent_id, self._body_moved)
         self._control: BiStream | None = None
         self._coordination: BiStream | None = None
         #: Done when the session ends from this side: with the reason to say goodbye with, with None to go
@@ -114,6 +131,8 @@ class Session:
         match instruction:
             case ev.SendReply():
                 self._send_reply(instruction)
+            case ev.ReceiveBody() | ev.RefuseBody() | ev.StopBodies():
+                self._bodies.execute(instruction)
             case ev.SendHello(resume):
                 self._send(self._control, self._make_hello(resume))
             case ev.OpenCoordination(session):
@@ -130,12 +149,23 @@ class Session:
             round=reply.round,
             attempt=reply.attempt,
             status=reply.status,
-            body=reply.body,
+            **place(reply.body),
             error=reply.error,
             compute_s=reply.compute_s,
             waited_s=reply.waited_s,
         )
         self._send(self._coordination, message.to_frame())
+        if isinstance(reply.body, BodyRef):
+            self._bodies.send(reply.round, reply.attempt, reply.body)
+
+    def _body_moved(self, event: ev.Event) -> None:
+        self._apply(event)
+        coordination = self._coordination
+        if not isinstance(event, ev.ReplyBodyDelivered) or coordination is None or self._connection.is_closed:
+            return
+        if not coordination.unsent_bytes:
+            # A large answer is not to be kept until the next pulse.
+            self._apply(ev.RepliesDelivered())
 
     def _end(self, reason: str | None) -> None:
         if not self._ending.done():
@@ -189,6 +219,7 @@ class Session:
                 asyncio.create_task(self._read_control(control_messages), name="control"),
                 asyncio.create_task(self._read_coordination(self._coordination), name="coordination"),
                 asyncio.create_task(self._pulse(welcome), name="pulse"),
+                asyncio.create_task(self._bodies.serve(), name="bodies"),
             ]
             try:
                 await asyncio.gather(*tasks)
@@ -196,6 +227,7 @@ class Session:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                await self._bodies.end()
 
     async def _join(self, messages: AsyncIterator[Message]) -> Welcome | None:
         """The coordinator's welcome; None after a refusal, which the core was told."""
@@ -226,14 +258,8 @@ class Session:
 
     async def _read_coordination(self, stream: BiStream) -> None:
         async for message in _read_messages(stream):
-            if isinstance(message, Assignment):
-                self._apply(
-                    ev.AssignmentReceived(
-                        message.round, message.task, message.body, message.deadline_s, message.attempt
-                    )
-                )
-            elif isinstance(message, Feedback):
-                self._apply(ev.FeedbackReceived(message.round, message.task, message.truth))
+            if isinstance(message, Assignment | Feedback):
+                self._apply(_work_event(message))
             elif isinstance(message, Cancellation):
                 self._apply(ev.CancellationReceived(message.round))
             else:
@@ -301,6 +327,19 @@ class Session:
         if closed.by_peer and not closed.transport and closed.code == Code.REPLACED:
             return ev.LinkDown(f"another agent took the id {self._agent_id}", replaced=True)
         return ev.LinkDown(str(closed))
+
+
+def _work_event(message: Assignment | Feedback) -> ev.Event:
+    """Work that has come; or that was announced, where its body is on a stream of its own."""
+    body = body_of(message)
+    assert body is not None, "messages of work have bodies"
+    if isinstance(message, Feedback):
+        if isinstance(body, BodyRef):
+            return ev.FeedbackAnnounced(message.round, message.task, body)
+        return ev.FeedbackReceived(message.round, message.task, body)
+    if isinstance(body, BodyRef):
+        return ev.AssignmentAnnounced(message.round, message.task, body, message.deadline_s, message.attempt)
+    return ev.AssignmentReceived(message.round, message.task, body, message.deadline_s, message.attempt)
 
 
 async def _read_messages(stream: BiStream) -> AsyncGenerator[Message, None]:

@@ -24,6 +24,7 @@ from quorate_agent.session import Session
 from quorate_agent.states import State
 from quorate_agent.streams import Background, OwnStreams
 from quorate_protocol import __version__
+from quorate_protocol.blobs import BlobStore, make_private_store
 from quorate_protocol.errors import (
     Code,
     ConnectFailed,
@@ -146,6 +147,8 @@ class Worker:
         self._core = AgentCore(tasks=agent.tasks, feedback_tasks=agent.feedback_handlers, concurrency=self._concurrency)
         self._runner: HandlerRunner | None = None
         self._backoff = Backoff(rng or random.Random())  # noqa: S311  jitter is no secret
+        #: Where large bodies go; made by `run`.
+        self._store: BlobStore | None = None
         self._session: Session | None = None
         #: Those of the present link.
         self._streams: OwnStreams | None = None
@@ -197,6 +200,7 @@ class Worker:
             self._streams_of_link,
             lambda: self._core.queued,
         )
+        self._store = make_private_store()
         try:
             await self._unless_stopped(runner.open())
             self._alone_since = _now()
@@ -212,6 +216,7 @@ class Worker:
         finally:
             self._set_drain_timer(False)
             await runner.close()
+            self._store = None
 
     # --- connecting ---
 
@@ -288,11 +293,13 @@ class Worker:
         if not self._core.wants_link:
             await connection.close(Code.NO_ERROR, "the agent ends")  # it was stopped in the very moment
             return
+        assert self._store is not None, "`run` made it"
         self._peer = connection.peer
         self._session = Session(
             connection,
             make_hello=self._make_hello,
             agent_id=self._agent_id,
+            store=self._store,
             apply=self._apply,
             welcomed=lambda welcome: self._on_welcomed(welcome, connection),
         )

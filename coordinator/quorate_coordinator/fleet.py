@@ -16,6 +16,7 @@ from typing import Final, assert_never
 
 import structlog
 
+from quorate_coordinator.agent_bodies import AgentBodies, BodyDesk
 from quorate_coordinator.links import UNSENT_BYTES_MAX, AgentLink, AgentSession
 from quorate_coordinator.membership import (
     AdmitAgent,
@@ -40,6 +41,7 @@ from quorate_coordinator.registry import Registry
 from quorate_coordinator.serving import first_of, refuse_streams
 from quorate_coordinator.uni_streams import serve_uni_streams
 from quorate_protocol import __version__
+from quorate_protocol.blobs import Blob, BlobStore
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import (
     Code,
@@ -49,7 +51,17 @@ from quorate_protocol.errors import (
     Refused,
     UnexpectedMessage,
 )
-from quorate_protocol.messages import CoordinationOpened, Drain, Goodbye, Hello, Message, Reply, Welcome, clip_text
+from quorate_protocol.messages import (
+    Bulk,
+    CoordinationOpened,
+    Drain,
+    Goodbye,
+    Hello,
+    Message,
+    Reply,
+    Welcome,
+    clip_text,
+)
 from quorate_protocol.transport import Connection, ReceiveStream
 
 log = structlog.get_logger()
@@ -76,11 +88,15 @@ class Fleet:
         lease_s: Seconds of silence, or of being away, after which an agent is lost.
         pulse_s: Seconds between the pulses that agents are told to send.
         open_timeout_s: Seconds from the welcome to the coordination stream.
-        on_reply: Takes each reply, with its agent.
+        on_reply: Takes each reply, with its agent; one with a large body when that is all there.
         on_reachable: Called when an agent's coordination stream is there: with each link, the first and every later
             one. What it sends follows what the last link did not deliver.
         on_lost: Called when a session is over, with the reason.
         serve_stream: Serves what an agent sends on a unidirectional stream, given its first message.
+        awaits_s: Seconds for which a round would take a reply of an agent to this attempt, or to any (None); 0 when it
+            would not. For large bodies.
+        store: Where large bodies go.
+        bodies_refused_total: Counted on: bodies that were not taken, by reason (`agent_bodies.REFUSALS`).
         handshakes_total: Counted on: hellos by how they ended.
         protocol_errors_total: Counted on: errors of peers by their code's name.
     """
@@ -95,6 +111,9 @@ class Fleet:
         on_reachable: Callable[[str], None],
         on_lost: Callable[[str, str], None],
         serve_stream: Callable[[str, Message, ReceiveStream], Awaitable[None]],
+        awaits_s: Callable[[str, int, int | None], float],
+        store: BlobStore,
+        bodies_refused_total: Counter[str],
         handshakes_total: Counter[str],
         protocol_errors_total: Counter[str],
     ) -> None:
@@ -109,6 +128,7 @@ class Fleet:
         self._on_reachable = on_reachable
         self._on_lost = on_lost
         self._serve_stream = serve_stream
+        self._desk = BodyDesk(store, bodies_refused_total, on_reply, awaits_s)
         self._handshakes_total = handshakes_total
         self._protocol_errors_total = protocol_errors_total
         self._loop = asyncio.get_running_loop()
@@ -140,6 +160,20 @@ class Fleet:
             member = members.get(agent)
             if member is not None:
                 member.send(frame, hurried=hurried, is_assignment=is_assignment)
+
+    def send_body(self, agents: Iterable[str], blob: Blob, header: Bulk) -> None:
+        """Sends each of these agents the body that the frame before refers to, beside everything else."""
+        for agent in agents:
+            member = self._members.get(agent)
+            if member is not None:
+                member.bodies.send(member.link, blob, header)
+
+    def stop_bodies(self, agents: Iterable[str], round_id: int) -> None:
+        """Gives up the bodies of a round on their way to and from these agents, whose part in it is over."""
+        for agent in agents:
+            member = self._members.get(agent)
+            if member is not None:
+                member.bodies.stop(round_id)
 
     def is_behind(self, agent: str, more_bytes: int) -> bool:
         """Whether an agent has so much to take in that it should not be sent so many bytes more."""
@@ -266,7 +300,7 @@ class Fleet:
                 self._read_control(link, member, replies),
                 self._await_goodbye(link, member, replies),
                 self._read_pulses(link),
-                self._serve_uni_streams(link),
+                self._serve_uni_streams(link, member),
                 self._refuse_bi_streams(link),
             )
         except ProtocolError as error:
@@ -279,6 +313,7 @@ class Fleet:
             await asyncio.wait([replies], timeout=_READ_OUT_TIMEOUT_S)
             replies.cancel()
             await asyncio.wait([replies])
+            await member.bodies.end_link(link, _READ_OUT_TIMEOUT_S)
             unread = None if replies.cancelled() else replies.exception()
         if isinstance(unread, ProtocolError):
             fault = fault or unread
@@ -333,6 +368,7 @@ class Fleet:
                 done, _ = await asyncio.wait([replies], timeout=LEAVE_TIMEOUT_S)
                 if not done:
                     log.debug("agent_left_its_replies_open", agent=link.agent)
+                await member.bodies.settle(LEAVE_TIMEOUT_S)
                 return "said goodbye"
             else:
                 raise UnexpectedMessage(message.wire_type, "on the control stream")
@@ -372,7 +408,10 @@ class Fleet:
                 raise UnexpectedMessage(message.wire_type, "on the coordination stream")
             if member.link is link:
                 member.received += 1
-                self._on_reply(link.agent, message)
+                if message.bulk is None:
+                    self._on_reply(link.agent, message)
+                else:
+                    member.bodies.take_reply(link, message)
 
     def _go_on(self, link: AgentLink, member: AgentSession) -> None:
         """The agent can be asked: it gets what the last link did not deliver, and then what the rounds have for it."""
@@ -383,6 +422,7 @@ class Fleet:
                 log.warning("frames_not_kept", agent=link.agent, received=link.resumed_after)
             for frame in frames:
                 link.send(frame)
+            member.bodies.resume(link)
         self._on_reachable(link.agent)
 
     async def _read_pulses(self, link: AgentLink) -> str:
@@ -390,12 +430,14 @@ class Fleet:
         while True:
             await link.connection.datagrams.receive()
 
-    async def _serve_uni_streams(self, link: AgentLink) -> str:
-        return await serve_uni_streams(
-            link.connection,
-            lambda message, stream: self._serve_stream(link.agent, message, stream),
-            lambda error: self._count_fault(link, error),
-        )
+    async def _serve_uni_streams(self, link: AgentLink, member: AgentSession) -> str:
+        async def serve(message: Message, stream: ReceiveStream) -> None:
+            if isinstance(message, Bulk):
+                member.bodies.take_stream(link, stream, message)
+            else:
+                await self._serve_stream(link.agent, message, stream)
+
+        return await serve_uni_streams(link.connection, serve, lambda error: self._count_fault(link, error))
 
     def _count_fault(self, link: AgentLink, error: ProtocolError) -> None:
         self._protocol_errors_total[error.code.name] += 1
@@ -424,7 +466,7 @@ class Fleet:
             case AdmitAgent(agent, session):
                 assert self._joining is not None, "agents are admitted when they say hello"
                 link, secret = self._joining
-                self._members[agent] = AgentSession(agent, session, secret, link)
+                self._members[agent] = AgentSession(agent, session, secret, link, AgentBodies(agent, self._desk))
                 log.info("agent_joined", agent=agent, session=session, address=link.connection.peer)
             case ResumeSession(agent, session):
                 assert self._joining is not None, "sessions are resumed by a hello"
@@ -458,6 +500,7 @@ class Fleet:
 
     def _part(self, agent: str) -> None:
         member = self._members.pop(agent)
+        member.bodies.close()
         link, member.link = member.link, None
         if link is not None:
             link.close(Code.LEASE_EXPIRED, "session is over")

@@ -15,6 +15,7 @@ from typing import Final, Protocol, assert_never
 import structlog
 
 from quorate_coordinator.asking import Asking, Listener
+from quorate_coordinator.blob_shelf import BlobShelf
 from quorate_coordinator.idempotency import Keys, check_same, digest_of, is_final
 from quorate_coordinator.journal.records import Record, RoundClosed
 from quorate_coordinator.learner.api import Experience, Learner
@@ -50,12 +51,17 @@ from quorate_coordinator.rounds.instructions import (
 )
 from quorate_coordinator.rounds.instructions import Outcome as BookOutcome
 from quorate_coordinator.rounds.policy import RoundPolicy
+from quorate_protocol.blobs import Blob
 from quorate_protocol.bodies import decode_body
+from quorate_protocol.bulk import header_for
 from quorate_protocol.errors import CallFailed, ConfigurationError, FrameMalformed
+from quorate_protocol.fields import Body, BodyRef, place
 from quorate_protocol.limits import CONNECTIONS_MAX
 from quorate_protocol.messages import (
     Ask,
     Assignment,
+    Bulk,
+    BulkOf,
     Cancellation,
     Feedback,
     Opened,
@@ -63,6 +69,7 @@ from quorate_protocol.messages import (
     Reply,
     Reveal,
     Revealed,
+    body_of,
     clip_text,
 )
 
@@ -87,6 +94,12 @@ class Fleet(Protocol):
 
     def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True, is_assignment: bool = False) -> None:
         """Sends one frame to each of these agents; those who are away get all but assignments when they return."""
+
+    def send_body(self, agents: Iterable[str], blob: Blob, header: Bulk) -> None:
+        """Sends each of these agents the body that the frame before refers to, beside everything else."""
+
+    def stop_bodies(self, agents: Iterable[str], round_id: int) -> None:
+        """Gives up the bodies of a round on their way to and from these agents."""
 
 
 class Recorder(Protocol):
@@ -121,6 +134,7 @@ class Gatherer:
         ledger: Ledger,
         recorder: Recorder | None,
         *,
+        shelf: BlobShelf,
         policy: RoundPolicy,
         limits: BookLimits,
         numbers: RoundNumbers,
@@ -135,6 +149,8 @@ class Gatherer:
         self._recorder = recorder
         self._planner = Planner(self.book, ledger.learner, policy, fleet.is_behind)
         self._keys = Keys()
+        #: What large bodies hold, for rounds in flight, outcomes that are not told, and keys.
+        self.shelf: Final = shelf
         self._numbers = numbers
         self._checkpoint_rounds = checkpoint_rounds
         self._rounds_since_checkpoint = 0
@@ -182,22 +198,39 @@ class Gatherer:
 
     # --- calls ---
 
+    def find_asked(self, ask: Ask, listener: Listener | None = None) -> Asking | None:
+        """The round that was asked for before under the same key. The caller has joined it; its body is not looked at.
+
+        Raises:
+            CallFailed: another question was asked under the key.
+        """
+        asking = self._find_asked(_question_of(ask))
+        if asking is not None:
+            self.repeated_total += 1
+            asking.join(listener)
+        return asking
+
     def ask(self, ask: Ask, operator: str = "", listener: Listener | None = None) -> Asking:
         """Opens a round, or finds the one that was asked for before under the same key. The caller has joined it.
+
+        A large body is there: its reference carries it.
 
         Raises:
             CallFailed: there was no round.
         """
-        question = Question() if ask.key is None else Question(ask.key, digest_of(ask))
-        asking = self._find_asked(question)
-        if asking is not None:
-            self.repeated_total += 1
-            asking.join(listener)
+        if (asking := self.find_asked(ask, listener)) is not None:
             return asking
+        question = _question_of(ask)
         self._check_recording()
         candidates = Candidates(self._fleet.select(ask.task, ask.labels), self._fleet.select_away(ask.task, ask.labels))
         request_id = next(self._request_ids)
-        request = self._planner.plan(ask, candidates, request_id=request_id, operator=operator)
+        if ask.bulk is not None:
+            ask = ask.model_copy(update={"bulk": self.shelf.put(("question", request_id), ask.bulk)})
+        try:
+            request = self._planner.plan(ask, candidates, request_id=request_id, operator=operator)
+        except CallFailed:
+            self.shelf.drop(("question", request_id))
+            raise
         asking = self._asks[request_id] = Asking(request_id, question, self._withdraw)
         asking.join(listener)
         if question.key is not None and question.digest is not None:
@@ -211,16 +244,22 @@ class Gatherer:
         Raises:
             CallFailed: no such round, still open, told before, or it cannot be recorded.
         """
+        truth = body_of(reveal)
+        assert truth is not None, "a reveal without a truth is none"
         try:
-            decode_body(reveal.truth)
+            # A large one may be anything: it is compared as it is.
+            if isinstance(truth, bytes):
+                decode_body(truth)
         except FrameMalformed as error:
             raise CallFailed("bad-request", f"truth: {error}") from None
         self._check_recording()
         request_id = next(self._request_ids)
+        if isinstance(truth, BodyRef):
+            truth = self.shelf.put(("truth", request_id), truth)
         future: asyncio.Future[Revealed] = self._loop.create_future()
         self._reveals[request_id] = future
         try:
-            self.handle(TruthRevealed(request_id, reveal.round, reveal.truth))
+            self.handle(TruthRevealed(request_id, reveal.round, truth))
             return await future
         except CallFailed as error:
             if self._recorder is None or error.reason != "unknown-round" or not self._recorder.has_truth(reveal.round):
@@ -229,6 +268,7 @@ class Gatherer:
             raise CallFailed("already-revealed", f"the truth of round {reveal.round} has been told before") from None
         finally:
             del self._reveals[request_id]
+            self.shelf.drop(("truth", request_id))
 
     def experience(self, experience: Experience) -> None:
         """An agent told something of its own accord; where nothing can be recorded, it is dropped."""
@@ -253,7 +293,7 @@ class Gatherer:
         if outcome is None:
             return None
         asking = Asking(0, question, self._withdraw)
-        asking.answer(outcome)
+        asking.answer(self.shelf.fill_outcome(outcome))
         return asking
 
     def _check_recording(self) -> None:
@@ -270,19 +310,30 @@ class Gatherer:
     # --- events ---
 
     def reply_received(self, agent: str, reply: Reply) -> None:
-        """An agent's reply came in."""
+        """An agent's reply came in; with its body, where that is a large one."""
+        body = body_of(reply)
+        if isinstance(body, BodyRef):
+            if self.book.awaits(reply.round, agent, reply.attempt):
+                self.shelf.put(("answers", reply.round), body)
+            body = BodyRef(size=body.size, digest=body.digest)
         self.handle(
             ReplyReceived(
                 round=reply.round,
                 agent=agent,
                 attempt=reply.attempt,
                 status=reply.status,
-                body=reply.body if reply.status == "replied" else None,
+                body=body if reply.status == "replied" else None,
                 error=reply.error,
                 compute_s=reply.compute_s,
                 waited_s=reply.waited_s,
             )
         )
+
+    def awaits_s(self, agent: str, round_id: int, attempt: int | None) -> float:
+        """Seconds for which a round would take a reply of an agent to this attempt, or to any; 0 when it would not."""
+        if not self.book.awaits(round_id, agent, attempt):
+            return 0.0
+        return self.book.remaining_s(round_id, self._loop.time())
 
     def agent_reachable(self, agent: str) -> None:
         """An agent has a link it had not: it gets what it owes."""
@@ -304,6 +355,10 @@ class Gatherer:
             self._timer.cancel()
             self._timer = None
 
+    def close(self) -> None:
+        """Lets go of what nobody will ask for any more."""
+        self.shelf.close()
+
     def handle(self, event: Event) -> None:
         """Hands an event to the book and carries out what it says."""
         for instruction in self.book.handle(event, self._loop.time()):
@@ -318,11 +373,14 @@ class Gatherer:
     def _fail_request(self, instruction: Instruction) -> None:
         """Answers who waits for an instruction that could not be carried out."""
         source = instruction.outcome if isinstance(instruction, CloseRound) else instruction
+        if isinstance(source, BookOutcome):
+            self.shelf.drop(("answers", source.round))
         request_id = getattr(source, "request_id", None)
         if request_id is not None:
             self._answer_error(request_id, CallFailed("internal", "the coordinator failed; its log says more"))
 
     def _answer_error(self, request_id: int, error: CallFailed) -> None:
+        self.shelf.drop(("question", request_id))
         asking = self._asks.pop(request_id, None)
         if asking is not None:
             if asking.question.key is not None:
@@ -353,24 +411,28 @@ class Gatherer:
                 frame = Assignment(
                     round=instruction.round,
                     task=instruction.task,
-                    body=instruction.body,
+                    **place(instruction.body),
                     attempt=instruction.attempt,
                     deadline_s=instruction.deadline_s,
                 ).to_frame()
                 self._fleet.send(instruction.agents, frame, is_assignment=True)
+                self._send_body(instruction.agents, instruction.body, "assignment", instruction.round)
             case TellPart(request_id, round_id, result):
                 if (asking := self._asks.get(request_id)) is not None:
-                    asking.tell(Part(round=round_id, result=as_told(result)))
+                    asking.tell(Part(round=round_id, result=self.shelf.fill_result(as_told(result))))
             case SendCancellation():
                 frame = Cancellation(round=instruction.round, reason=clip_text(instruction.reason)).to_frame()
                 self._fleet.send(instruction.agents, frame)
+                self._fleet.stop_bodies(instruction.agents, instruction.round)
             case CloseRound(outcome):
                 self._closed(outcome)
             case SendFeedback():
                 self.feedback_total[instruction.task] += 1
-                frame = Feedback(round=instruction.round, task=instruction.task, truth=instruction.truth).to_frame()
+                truth = place(instruction.truth, "truth")
+                frame = Feedback(round=instruction.round, task=instruction.task, **truth).to_frame()
                 # The next assignment usually follows at once: both in one packet wake an agent once.
                 self._fleet.send(instruction.agents, frame, hurried=False)
+                self._send_body(instruction.agents, instruction.truth, "feedback", instruction.round)
             case LearnTruth():
                 self._learn(instruction)
             case RejectRequest():
@@ -387,6 +449,12 @@ class Gatherer:
                     self._drained.set_result(None)
             case _:
                 assert_never(instruction)
+
+    def _send_body(self, agents: tuple[str, ...], body: Body, of: BulkOf, round_id: int) -> None:
+        if isinstance(body, BodyRef):
+            blob = self.shelf.find(body)
+            assert blob is not None, "questions are held while their rounds are in flight, truths while they are told"
+            self._fleet.send_body(agents, blob, header_for(blob, of, round=round_id))
 
     def _opened(self, opened: OpenRound) -> None:
         asking = self._asks[opened.request_id]
@@ -414,6 +482,7 @@ class Gatherer:
         log.debug(
             "round_closed", round=closed.round, task=closed.task, state=closed.state, duration_s=closed.duration_s
         )
+        self.shelf.drop(("question", closed.request_id))
         asking = self._asks.get(closed.request_id)  # none where its opening could not be carried out
         question = Question() if asking is None else asking.question
         record, outcome = self.ledger.close(closed, question)
@@ -496,11 +565,13 @@ class Gatherer:
                 revealing.set_result(answer)
             return
         asking = self._asks.pop(announcement.request_id, None)
-        if asking is None:
-            return
-        if asking.question.key is not None:
-            self._keys.keep(asking.question.key, announcement.request_id, answer)
-        asking.answer(answer)
+        if asking is not None:
+            if asking.question.key is not None:
+                self._keys.keep(asking.question.key, announcement.request_id, answer)
+                if is_final(answer):
+                    self.shelf.keep(asking.question.key, answer)
+            asking.answer(self.shelf.fill_outcome(answer))
+        self.shelf.drop(("answers", answer.round))
 
     def _answer_unrecorded(self, announcement: Announcement) -> None:
         """Answers who waits. The announcement stays held: a key is that round's until it is known whether it lasts."""
@@ -512,3 +583,7 @@ class Gatherer:
             again = "ask again later" + ("" if asking.question.key is None else " under the same key")
             message = f"round {number} is over, but that cannot be recorded now: {why}; {again}"
             asking.fail(CallFailed("not-recorded", message, retry=True))
+
+
+def _question_of(ask: Ask) -> Question:
+    return Question() if ask.key is None else Question(ask.key, digest_of(ask))

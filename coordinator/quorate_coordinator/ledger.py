@@ -30,6 +30,7 @@ from quorate_coordinator.learner.api import AgentReply, Answer, ClosedRound, Exp
 from quorate_coordinator.rounds.instructions import AgentResult as BookResult
 from quorate_coordinator.rounds.instructions import LearnTruth, OfferLateReply, OpenRound
 from quorate_coordinator.rounds.instructions import Outcome as BookOutcome
+from quorate_protocol.fields import Body, place
 from quorate_protocol.messages import AgentResult, Outcome, Revealed, clip_text
 
 log = structlog.get_logger()
@@ -61,7 +62,7 @@ class Ledger:
     def __init__(self, learner: Learner) -> None:
         self.learner: Final = learner
         #: Announced answers of rounds whose truth may come; the book says when to let go of one.
-        self._answers: dict[int, bytes] = {}
+        self._answers: dict[int, Body] = {}
         #: (record, announcement) that wait for durability, in the records' order.
         self._held: deque[tuple[int, Announcement]] = deque()
 
@@ -219,7 +220,7 @@ class Ledger:
         return answer
 
     def _learn(
-        self, round_id: int, task: str, results: Iterable[BookResult | RecordedResult], truth: bytes
+        self, round_id: int, task: str, results: Iterable[BookResult | RecordedResult], truth: Body
     ) -> Report | None:
         """What the learner says; None where it raised."""
         seen = _as_learner_sees(round_id, task, results, self._answers.pop(round_id, None))
@@ -250,7 +251,7 @@ def outcome_of(closed: RoundClosed) -> Outcome:
         task=closed.task,
         state=closed.state,
         quorum=closed.quorum,
-        answer=closed.answer,
+        **place(closed.answer, "answer"),
         support=closed.support,
         results=[as_told(result, closed.weights.get(result.agent)) for result in closed.results],
         duration_s=closed.duration_s,
@@ -263,7 +264,7 @@ def as_told(result: BookResult | RecordedResult, weight: float | None = None) ->
     return AgentResult(
         agent=result.agent,
         status=result.status,
-        body=result.body,
+        **place(result.body),
         error=clip_text(result.error),
         latency_s=result.latency_s,
         compute_s=result.compute_s,
@@ -317,7 +318,7 @@ def interrupt(opened: RoundOpened, reason: str) -> RoundClosed:
 
 
 def _as_learner_sees(
-    round_id: int, task: str, results: Iterable[BookResult | RecordedResult], answer: bytes | None = None
+    round_id: int, task: str, results: Iterable[BookResult | RecordedResult], answer: Body | None = None
 ) -> ClosedRound:
     return ClosedRound(
         round=round_id,

@@ -10,6 +10,8 @@ from typing import Final
 
 import structlog
 
+from quorate_coordinator.agent_bodies import AgentBodies
+from quorate_protocol.bulk import BulkInbox
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import Code, ConnectionClosed, QuorateError
 from quorate_protocol.transport import BiStream, Connection, Priority
@@ -124,6 +126,8 @@ class AgentLink:
         self.ends_session = False
         #: Why the agent leaves, once it has said so.
         self.goodbye: str | None = None
+        #: For large bodies; made when one comes.
+        self.inbox: BulkInbox | None = None
         self._stream: BiStream | None = None
         #: Frames for an agent that was welcomed and has not opened its first stream yet. Bounded: by the
         #: rounds that one agent may owe, and the seconds that it has to open it.
@@ -195,15 +199,17 @@ class AgentLink:
 class AgentSession:
     """What is kept of an agent's session, with a link or without."""
 
-    __slots__ = ("agent", "link", "log", "name", "received", "secret", "stop_reason")
+    __slots__ = ("agent", "bodies", "link", "log", "name", "received", "secret", "stop_reason")
 
-    def __init__(self, agent: str, name: str, secret: str, link: AgentLink) -> None:
+    def __init__(self, agent: str, name: str, secret: str, link: AgentLink, bodies: AgentBodies) -> None:
         self.agent = agent
         self.name = name
         self.secret = secret
         #: The present link; None while the agent is away.
         self.link: AgentLink | None = link
         self.log = FrameLog()
+        #: What it asks and answers beside its frames.
+        self.bodies = bodies
         #: Replies that came, over all links.
         self.received = 0
         #: Set when an operator wants the agent to end.

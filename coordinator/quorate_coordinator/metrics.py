@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from quorate_coordinator.agent_bodies import REFUSALS
 from quorate_coordinator.fleet import Fleet
 from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.learner.api import Learner
@@ -19,6 +20,7 @@ from quorate_coordinator.operators import Operators
 from quorate_coordinator.recording import Recording
 from quorate_coordinator.rounds.instructions import StrayKind
 from quorate_protocol import __version__
+from quorate_protocol.blobs import BlobBudget
 from quorate_protocol.errors import Code
 from quorate_protocol.transport import ServerStats
 
@@ -51,6 +53,9 @@ class Sources:
     recording: Recording | None
     operators: Operators
     server: ServerStats
+    bodies: BlobBudget
+    #: By reason, one of `REFUSALS`.
+    bodies_refused_total: Mapping[str, int]
     #: By result, one of `HANDSHAKE_RESULTS`.
     handshakes_total: Mapping[str, int]
     #: By wire code.
@@ -75,6 +80,7 @@ class _StateCollector(Collector):
             [],
             {(): sources.gatherer.repeated_total},
         )
+        yield from self._bodies(sources)
         yield from self._journal(sources)
         yield from self._transport(sources)
 
@@ -145,6 +151,21 @@ class _StateCollector(Collector):
             "Share of combined answers that were right.",
             ["task"],
             {(score.task,): score.accuracy for score in scores if score.accuracy is not None},
+        )
+
+    def _bodies(self, sources: Sources) -> Iterator[Metric]:
+        held = sources.bodies
+        yield _gauge(
+            "quorate_bodies_held_bytes",
+            "Bytes of large bodies that are held or on their way in.",
+            ["place"],
+            {("memory",): held.memory_bytes, ("disk",): held.disk_bytes},
+        )
+        yield _counter(
+            "quorate_bodies_refused",
+            "Large bodies that were not taken.",
+            ["reason"],
+            _keyed(sources.bodies_refused_total, REFUSALS),
         )
 
     def _journal(self, sources: Sources) -> Iterator[Metric]:

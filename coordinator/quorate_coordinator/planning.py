@@ -9,7 +9,8 @@ from quorate_coordinator.rounds.book import RoundBook
 from quorate_coordinator.rounds.events import RoundRequested
 from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_protocol.errors import CallFailed
-from quorate_protocol.messages import Ask
+from quorate_protocol.fields import inline_bytes
+from quorate_protocol.messages import Ask, body_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,10 @@ class Planner:
         if not candidates.reachable and not candidates.away:
             such = f" with labels {', '.join(f'{k}={v}' for k, v in ask.labels.items())}" if ask.labels else ""
             raise CallFailed("no-agents", f"no connected agent{such} does the task {ask.task!r}", retry=True)
+        body = body_of(ask)
+        assert body is not None, "an ask without a body is none"
         # One slow agent must not turn away what the others could answer.
-        free = tuple(agent for agent in candidates.reachable if self._has_room(agent, len(ask.body)))
+        free = tuple(agent for agent in candidates.reachable if self._has_room(agent, inline_bytes(body)))
         away = tuple(agent for agent in candidates.away if self._has_room(agent, 0))
         if not free and not away:
             raise CallFailed(
@@ -64,7 +67,7 @@ class Planner:
         if free:
             load = {agent: self._book.in_flight_of(agent) for agent in free} if ask.count is not None else {}
             plan = self._learner.compute_coordination(
-                Request(task=ask.task, body=ask.body, candidates=free, count=ask.count, load=load)
+                Request(task=ask.task, body=body, candidates=free, count=ask.count, load=load)
             )
             selected = plan.agents
             policy = policy.override(quorum=plan.quorum, grace_s=plan.grace_s, deadline_s=plan.deadline_s)
@@ -74,7 +77,7 @@ class Planner:
         return RoundRequested(
             request_id=request_id,
             task=ask.task,
-            body=ask.body,
+            body=body,
             selected=selected,
             away=away,
             policy=policy.override(

@@ -11,6 +11,7 @@ from typing import Any, Final, Self, TypedDict
 
 import structlog
 
+from quorate_coordinator.blob_shelf import BlobShelf
 from quorate_coordinator.certificates import (
     DevelopmentCredentials,
     ensure_certificate,
@@ -34,6 +35,7 @@ from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_coordinator.serving import refuse_streams
 from quorate_coordinator.settings import Settings
 from quorate_protocol import __version__
+from quorate_protocol.blobs import BlobBudget, BlobStore
 from quorate_protocol.channel import Channel
 from quorate_protocol.client import Client
 from quorate_protocol.credentials import find_token
@@ -56,6 +58,12 @@ from quorate_protocol.transport import ClientTls, Connection, ReceiveStream, Ser
 from quorate_protocol.transport.address import MEMORY_PREFIX, join_host_port
 
 log = structlog.get_logger()
+
+#: The directory for large bodies, in the state directory.
+_SPOOL_NAME: Final = "spool"
+
+#: One part of so many of the spool may hold answers for who asks again under a key.
+_KEPT_SHARE: Final = 4
 
 #: How often the development certificate is looked at, in seconds.
 _CERTIFICATE_CHECK_S: Final = 3600.0
@@ -107,6 +115,7 @@ class Coordinator:
         self._fleet: Fleet
         self._gatherer: Gatherer
         self._operators: Operators
+        self._bodies_refused_total: Counter[str] = Counter()
         self._handshakes_total: Counter[str] = Counter()
         self._protocol_errors_total: Counter[str] = Counter()
 
@@ -125,6 +134,7 @@ class Coordinator:
         if development is not None:
             self._client_tls = ClientTls(development.ca_file)
         sessions = settings.sessions
+        store = _open_store(settings)
         self._fleet = Fleet(
             lease_s=sessions.lease_s,
             pulse_s=sessions.pulse_s,
@@ -133,6 +143,9 @@ class Coordinator:
             on_reachable=lambda agent: self._gatherer.agent_reachable(agent),
             on_lost=lambda agent, reason: self._gatherer.agent_lost(agent, reason),
             serve_stream=self._serve_stream,
+            awaits_s=lambda agent, round_id, attempt: self._gatherer.awaits_s(agent, round_id, attempt),
+            store=store,
+            bodies_refused_total=self._bodies_refused_total,
             handshakes_total=self._handshakes_total,
             protocol_errors_total=self._protocol_errors_total,
         )
@@ -144,6 +157,7 @@ class Coordinator:
             self._fleet,
             Ledger(self._make_learner()) if recovered is None else recovered.ledger,
             recording,
+            shelf=BlobShelf(kept_bytes_max=settings.bodies.spool_bytes_max // _KEPT_SHARE),
             policy=_policy(settings),
             limits=BookLimits(
                 in_flight_max=settings.rounds.in_flight_max,
@@ -169,6 +183,8 @@ class Coordinator:
             self._gatherer,
             self.list_fleet,
             self._drain_agent,
+            store=store,
+            bodies_refused_total=self._bodies_refused_total,
             pulse_s=sessions.pulse_s,
             lease_s=sessions.lease_s,
             handshakes_total=self._handshakes_total,
@@ -192,6 +208,8 @@ class Coordinator:
                 recording=recording,
                 operators=self._operators,
                 server=self._server.stats,
+                bodies=store.budget,
+                bodies_refused_total=self._bodies_refused_total,
                 handshakes_total=self._handshakes_total,
                 protocol_errors_total=self._protocol_errors_total,
             )
@@ -250,6 +268,7 @@ class Coordinator:
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self._http.close()
+        self._gatherer.close()
         self._gatherer.checkpoint()
         await self._close_recording()
         log.info("coordinator_stopped")
@@ -526,6 +545,26 @@ def _credentials(settings: Settings) -> tuple[ServerTls, str, DevelopmentCredent
         if not from_environment:
             token_file = token_file or development.token_file
     return tls, find_token(token_file), development
+
+
+def _open_store(settings: Settings) -> BlobStore:
+    """Where large bodies go: a directory of this user's alone, empty.
+
+    Raises:
+        ConfigurationError: it cannot be made so.
+    """
+    spool_dir = settings.state_dir / _SPOOL_NAME
+    try:
+        spool_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        spool_dir.chmod(0o700)
+        for path in spool_dir.iterdir():
+            # Of a process that died where files cannot be made without a name.
+            path.unlink()
+    except OSError as error:
+        raise ConfigurationError("state_dir", f"{spool_dir} cannot be made empty: {error.strerror}") from error
+    bodies = settings.bodies
+    budget = BlobBudget(memory_bytes_max=bodies.memory_bytes_max, disk_bytes_max=bodies.spool_bytes_max)
+    return BlobStore(spool_dir, budget, size_bytes_max=min(bodies.bytes_max, bodies.spool_bytes_max))
 
 
 def _policy(settings: Settings) -> RoundPolicy:

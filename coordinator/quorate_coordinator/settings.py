@@ -31,7 +31,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from quorate_protocol.errors import ConfigurationError
-from quorate_protocol.messages import Name
+from quorate_protocol.fields import Name
 from quorate_protocol.state_dir import default_state_dir, expand_home
 from quorate_protocol.transport.address import MEMORY_PREFIX, parse_listen_address, parse_memory_name
 
@@ -209,6 +209,26 @@ class JournalSettings(_Section):
     )
 
 
+class BodiesSettings(_Section):
+    """`[bodies]`: how large questions, answers and truths may be that are no part of their messages."""
+
+    bytes_max: Count = Field(4 << 30, description="Bytes of the largest body that is taken.")
+    spool_bytes_max: Count = Field(
+        16 << 30, description="Bytes of bodies over 8 MiB that may be held together, as files in state_dir/spool."
+    )
+    memory_bytes_max: Count = Field(
+        256 << 20, description="Bytes of smaller ones that may be held together, in memory."
+    )
+
+    @model_validator(mode="after")
+    def _one_fits(self) -> Self:
+        if self.bytes_max > self.spool_bytes_max and "bytes_max" in self.model_fields_set:
+            _wrong(
+                "bytes_max", f"must not exceed bodies.spool_bytes_max ({self.spool_bytes_max}), got {self.bytes_max}"
+            )
+        return self
+
+
 class LogSettings(_Section):
     """`[log]`: what is logged, on standard error."""
 
@@ -247,6 +267,7 @@ class Settings(BaseSettings):
     sessions: SessionsSettings = SessionsSettings()
     learner: LearnerSettings = LearnerSettings()
     journal: JournalSettings = JournalSettings()
+    bodies: BodiesSettings = BodiesSettings()
     log: LogSettings = LogSettings()
 
     @field_validator("listen", "http", mode="before")

@@ -12,6 +12,9 @@ from quorate_protocol.transport import Connection, ReceiveStream
 #: Streams of one connection whose first frame has not come.
 _HEADERS_MAX: Final = 64
 
+#: Seconds that the first frames may take that had come when the connection ended.
+_READ_OUT_TIMEOUT_S: Final = 1.0
+
 #: Serves one stream whose first frame has been read, to its end. It raises `ProtocolError` for what the peer broke.
 Serve = Callable[[Message, ReceiveStream], Awaitable[None]]
 
@@ -28,16 +31,13 @@ async def serve_uni_streams(connection: Connection, serve: Serve, on_fault: Call
         ConnectionClosed: it is over. Streams that were being served have been given up.
     """
     tasks: set[asyncio.Task[None]] = set()
-    beginning = 0
+    beginning: set[asyncio.Task[None]] = set()
 
     async def begin(stream: ReceiveStream) -> None:
-        nonlocal beginning
         try:
-            try:
-                async with asyncio.timeout(HEADER_TIMEOUT_S):
-                    header = await read_header(stream)
-            finally:
-                beginning -= 1
+            async with asyncio.timeout(HEADER_TIMEOUT_S):
+                header = await read_header(stream)
+            beginning.discard(asyncio.current_task())
             await serve(header, stream)
         except ProtocolError as error:
             stream.stop(error.code)
@@ -51,14 +51,17 @@ async def serve_uni_streams(connection: Connection, serve: Serve, on_fault: Call
     try:
         while True:
             stream = await connection.accept_uni_stream()
-            if beginning >= _HEADERS_MAX:
+            if len(beginning) >= _HEADERS_MAX:
                 stream.stop(Code.BUSY)
                 continue
-            beginning += 1
             task = asyncio.create_task(begin(stream), name="uni stream")
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+            for group in (tasks, beginning):
+                group.add(task)
+                task.add_done_callback(group.discard)
     finally:
+        if beginning and connection.is_closed:
+            # What had come before the end is there to be read: a body may have come whole.
+            await asyncio.wait(set(beginning), timeout=_READ_OUT_TIMEOUT_S)
         for task in tasks:
             task.cancel()
         if tasks:

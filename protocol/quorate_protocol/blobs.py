@@ -13,6 +13,7 @@ import errno
 import hashlib
 import mmap
 import os
+import shutil
 import tempfile
 import weakref
 from collections import deque
@@ -256,7 +257,7 @@ async def make_blob(parts: Iterable[Buffer]) -> Blob:
     return await asyncio.to_thread(blob_of, parts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class BlobStore:
     """Where the bodies go that come to a process."""
 
@@ -276,6 +277,14 @@ class BlobStore:
             SpoolFull: over the budget.
         """
         return BlobWriter(self, size_bytes, digest)
+
+
+def make_private_store() -> BlobStore:
+    """A store with a budget of its own, in a new temporary directory of this user's, which goes when the store does."""
+    directory = tempfile.mkdtemp(prefix="quorate-spool-")
+    store = BlobStore(Path(directory), BlobBudget())
+    weakref.finalize(store, shutil.rmtree, directory, ignore_errors=True)
+    return store
 
 
 class BlobWriter:

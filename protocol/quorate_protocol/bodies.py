@@ -113,6 +113,8 @@ def encode_body_parts(value: Any) -> list[bytes | memoryview]:
     for at, header, values in arrays:
         parts += (packed[done:at] + header, values)
         done = at + 1
+    # The packer and its hook hold each other, and the hook the arrays: they would stay until the collector comes.
+    arrays.clear()
     if tail := packed[done:]:
         parts.append(tail)
     return parts

@@ -12,7 +12,7 @@
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -32,9 +32,10 @@ from quorate_protocol.errors import (
     StreamError,
     UnexpectedMessage,
 )
+from quorate_protocol.fields import BodyRef
 from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import BULK_HEADER_BYTES_MAX, FRAME_PREFIX_BYTES
-from quorate_protocol.messages import BodyRef, Bulk, BulkOf, Message, parse_message
+from quorate_protocol.messages import Bulk, BulkOf, Message, parse_message
 from quorate_protocol.pace import SHARE_BYTES_MIN, Pace
 from quorate_protocol.transport.api import Buffer, Connection, Priority, ReceiveStream, SendStream
 
@@ -50,6 +51,11 @@ HEADER_TIMEOUT_S: Final = 10.0
 #: it was lost and has to be sent again.
 UNCLAIMED_S: Final = 30.0
 
+#: Seconds that a body may take that a message refers to: so many, and as long as a path of 256 KiB/s needs. Whoever is
+#: slower holds a part of the budget for too long.
+_PATIENCE_S: Final = 30.0
+_PATIENCE_BYTES_S: Final = 256 << 10
+
 #: Bodies of one connection that no message has referred to yet; and their bytes, where they are more than one.
 UNCLAIMED_MAX: Final = 64
 UNCLAIMED_BYTES_MAX: Final = 256 << 20
@@ -61,6 +67,11 @@ _HEADERS_MAX: Final = 64
 def ref_to(blob: Blob) -> BodyRef:
     """What a message carries in place of a body."""
     return BodyRef(size=blob.size_bytes, digest=blob.digest)
+
+
+def patience_s(ref: BodyRef) -> float:
+    """How long to wait for a body that nothing else sets an end to, in seconds."""
+    return _PATIENCE_S + ref.size / _PATIENCE_BYTES_S
 
 
 def header_for(blob: Blob, of: BulkOf, *, round: int = 0) -> Bulk:
@@ -195,7 +206,9 @@ class BulkInbox:
         store: Where bodies go.
         is_wanted: Whether a message may yet refer to the body of this header; otherwise its stream is stopped.
         on_fault: Told of each body that the peer spoiled, for counting.
+        on_unclaimed: Told of each body that no message referred to in time.
         unclaimed_s: Seconds that a body waits for its message.
+        unclaimed_bytes_max: Instead of `UNCLAIMED_BYTES_MAX`.
     """
 
     def __init__(
@@ -204,15 +217,21 @@ class BulkInbox:
         *,
         is_wanted: Callable[[Bulk], bool] = lambda header: True,
         on_fault: Callable[[ProtocolError], None] = lambda error: None,
+        on_unclaimed: Callable[[BodyRef], None] = lambda ref: None,
         unclaimed_s: float = UNCLAIMED_S,
+        unclaimed_bytes_max: int | None = None,
     ) -> None:
         self._store = store
         self._is_wanted = is_wanted
         self._on_fault = on_fault
+        self._on_unclaimed = on_unclaimed
         self._unclaimed_s = unclaimed_s
+        self._unclaimed_bytes_max = UNCLAIMED_BYTES_MAX if unclaimed_bytes_max is None else unclaimed_bytes_max
         self._loop = asyncio.get_running_loop()
         self._unclaimed: dict[BodyRef, deque[_Arrival]] = {}
         self._claims: dict[BodyRef, deque[asyncio.Future[asyncio.Task[Blob]]]] = {}
+        #: How many bodies of a kind no message will claim.
+        self._refused: Counter[BodyRef] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beginning: set[asyncio.Task[None]] = set()
         self._end_error: QuorateError | None = None
@@ -267,7 +286,10 @@ class BulkInbox:
             return
         ref = header.ref
         claim = self._next_claim(ref)
-        if claim is None and not self._is_wanted(header):
+        if claim is None and self._refused[ref]:
+            self._refuse_one_less(ref)
+            stream.stop(Code.CANCELLED)
+        elif claim is None and not self._is_wanted(header):
             stream.stop(Code.UNEXPECTED_MESSAGE)
         elif claim is None and not self._has_room(header.size):
             stream.stop(Code.BUSY)
@@ -278,7 +300,7 @@ class BulkInbox:
                 claim.set_result(receiving)
                 return
             # Those of one kind expire in the order in which they came.
-            expiry = self._loop.call_later(self._unclaimed_s, self._drop, ref)
+            expiry = self._loop.call_later(self._unclaimed_s, self._expire, ref)
             self._unclaimed.setdefault(ref, deque()).append(_Arrival(ref, receiving, expiry))
             self.unclaimed += 1
             self.unclaimed_bytes += ref.size
@@ -306,6 +328,25 @@ class BulkInbox:
             self._check_not_ended()
         return receiving.result()
 
+    def drop(self, ref: BodyRef) -> None:
+        """Gives up the oldest body of this kind that has come, or comes, and that no message has referred to."""
+        receiving = self._take_unclaimed(ref)
+        if receiving is not None:
+            receiving.cancel()
+
+    def refuse(self, ref: BodyRef) -> None:
+        """A message has referred to a body that is not wanted: its stream is stopped, be it here or still to come."""
+        if ref in self._unclaimed:
+            self.drop(ref)
+        elif not self._is_closed:
+            self._refused[ref] += 1
+            self._loop.call_later(self._unclaimed_s, self._refuse_one_less, ref)
+
+    def _refuse_one_less(self, ref: BodyRef) -> None:
+        self._refused[ref] -= 1
+        if self._refused[ref] <= 0:
+            del self._refused[ref]
+
     def end(self, error: QuorateError) -> None:
         """No more streams come: whoever waits for one is told the error. Bodies that have begun to come go on."""
         if self._end_error is not None:
@@ -314,7 +355,7 @@ class BulkInbox:
         for claims in self._claims.values():
             for claim in claims:
                 if not claim.done():
-                    claim.set_exception(error.with_traceback(None))
+                    claim.set_exception(error.again())
         self._claims.clear()
 
     def close(self) -> None:
@@ -323,13 +364,13 @@ class BulkInbox:
         self._is_closed = True
         for ref in list(self._unclaimed):
             while ref in self._unclaimed:
-                self._drop(ref)
+                self.drop(ref)
         for task in self._tasks:
             task.cancel()
 
     def _check_not_ended(self) -> None:
         if self._end_error is not None:
-            raise self._end_error.with_traceback(None)
+            raise self._end_error.again()
 
     def _spawn(self, work: Coroutine[Any, Any, T], stream: ReceiveStream) -> asyncio.Task[T]:
         def done(task: asyncio.Task[T]) -> None:
@@ -381,7 +422,7 @@ class BulkInbox:
 
     def _has_room(self, size_bytes: int) -> bool:
         return self.unclaimed == 0 or (
-            self.unclaimed < UNCLAIMED_MAX and self.unclaimed_bytes + size_bytes <= UNCLAIMED_BYTES_MAX
+            self.unclaimed < UNCLAIMED_MAX and self.unclaimed_bytes + size_bytes <= self._unclaimed_bytes_max
         )
 
     def _take_unclaimed(self, ref: BodyRef) -> asyncio.Task[Blob] | None:
@@ -402,8 +443,6 @@ class BulkInbox:
         self.unclaimed_bytes -= arrival.ref.size
         arrival.expiry.cancel()
 
-    def _drop(self, ref: BodyRef) -> None:
-        """Gives up the oldest body of this kind."""
-        receiving = self._take_unclaimed(ref)
-        if receiving is not None:
-            receiving.cancel()
+    def _expire(self, ref: BodyRef) -> None:
+        self.drop(ref)
+        self._on_unclaimed(ref)

@@ -6,9 +6,13 @@
         outcome = await client.ask("classify", {"x": 1.5})
         print(outcome.value)
         await client.reveal(outcome.round, "a")
+
+Values may be of any size. Large ones travel on streams of their own, and wait in a private temporary directory; large
+arrays in them are read-only views of its files.
 """
 
 import asyncio
+import contextlib
 import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
@@ -16,14 +20,19 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from quorate_protocol import __version__
-from quorate_protocol.bodies import encode_body
+from quorate_protocol.blobs import Blob, make_blob, make_private_store
+from quorate_protocol.bodies import encode_body_parts
+from quorate_protocol.bulk import BulkInbox, header_for, patience_s, ref_to, send_blob
 from quorate_protocol.channel import Channel
-from quorate_protocol.errors import CallFailed, Code, ConnectFailed, Refused
+from quorate_protocol.errors import CallFailed, Code, ConnectFailed, LinkError, Refused, StreamError
+from quorate_protocol.fields import BodyRef, Role
+from quorate_protocol.limits import BODY_BYTES_MAX
 from quorate_protocol.messages import (
     PULSE,
     AgentResult,
     Agents,
     Ask,
+    Bulk,
     CallError,
     DrainAgent,
     Draining,
@@ -36,10 +45,12 @@ from quorate_protocol.messages import (
     Refusal,
     Reveal,
     Revealed,
-    Role,
     Welcome,
 )
 from quorate_protocol.transport import ClientTls, Connection, Priority, connect
+
+#: Seconds that a large body waits for whoever iterates over streamed replies to come to its part.
+_UNREAD_S: Final = 600.0
 
 #: Seconds to wait before asking a busy coordinator again, at first and at most.
 _BUSY_PAUSE_S: Final = 0.02
@@ -57,7 +68,13 @@ class Client:
         self._control = control
         #: Software version of the coordinator.
         self.coordinator_software = welcome.software
-        self._watching = asyncio.create_task(self._watch(welcome.pulse_s, welcome.lease_s), name="client watch")
+        store = make_private_store()
+        # What comes was asked for: the budget is ceiling enough.
+        self._inbox = BulkInbox(store, unclaimed_s=_UNREAD_S, unclaimed_bytes_max=store.budget.disk_bytes_max)
+        self._tasks = [
+            asyncio.create_task(self._watch(welcome.pulse_s, welcome.lease_s), name="client watch"),
+            asyncio.create_task(self._receive_bodies(), name="client bodies"),
+        ]
 
     @classmethod
     async def connect(
@@ -127,7 +144,8 @@ class Client:
 
         Args:
             task: what the agents are asked to do.
-            value: what they are asked; anything that `encode_body` takes.
+            value: what they are asked; anything that `encode_body` takes, of any size. Large arrays must not change
+                meanwhile.
             quorum: replies needed: a count (int), or a share of the selected agents (float in (0, 1]).
             grace_s: seconds left to stragglers once the quorum is met.
             deadline_s: seconds after which the round closes, whoever is missing.
@@ -141,18 +159,22 @@ class Client:
 
         Returns:
             The outcome, also of a round that failed or expired: look at `state`. It is durable where the
-            coordinator keeps a journal.
+            coordinator keeps a journal; answers over about 1 MiB are not, and asked again under its key much
+            later, the outcome is told without them (`value` raises `BodyMissing`).
 
         Raises:
-            CallFailed: there was no round (nobody does the task, busy, a conflict in the policy), or with the reason
-                `not-recorded` one that could not be written down; `retry` says whether to ask again.
+            CallFailed: there was no round (nobody does the task, busy, too large, a conflict in the policy), or with
+                the reason `not-recorded` one that could not be written down; `retry` says whether to ask again.
             LocalError: `value` is of a kind that cannot travel.
-            ValidationError: an argument is out of range or too large; it names which.
+            ValidationError: an argument is out of range; it names which.
+            SpoolError: there is no room here for the answer: earlier ones are still held.
+            BodyNotReceived: a large answer did not come.
             ConnectionClosed: the connection ended; whether there was a round is not known. Ask again under the
                 same key.
         """
-        request = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, key)
-        return await self._call(request, Outcome)
+        request, parts = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, key)
+        request, blob = await _pack(request, "body", parts)
+        return await self._call(request, Outcome, blob)
 
     def ask_stream(
         self,
@@ -178,8 +200,8 @@ class Client:
 
         Raises: as `ask`; what comes of the coordinator, from the iteration.
         """
-        request = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, key)
-        return Replies(self._connection, request.model_copy(update={"stream": True}))
+        request, parts = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, key)
+        return Replies(self._connection, self._inbox, request.model_copy(update={"stream": True}), parts)
 
     async def ask_many(
         self,
@@ -210,11 +232,12 @@ class Client:
             raise ValueError(f"in_flight is {in_flight}; at least one round must be under way")
 
         async def ask_one(value: Any) -> Outcome:
-            request = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, None)
+            asked, parts = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, None)
+            request, blob = await _pack(asked, "body", parts)
             pause_s = _BUSY_PAUSE_S
             while True:
                 try:
-                    return await self._call(request, Outcome)
+                    return await self._call(request, Outcome, blob)
                 except CallFailed as error:
                     if error.reason != "busy" or not error.retry:
                         raise
@@ -251,10 +274,10 @@ class Client:
         Raises:
             CallFailed: no such round, still open, or its truth was told before.
             LocalError: `truth` is of a kind that cannot travel.
-            ValidationError: `truth` is too large.
             ConnectionClosed: the connection ended.
         """
-        return await self._call(Reveal(round=round, truth=encode_body(truth)), Revealed)
+        request, blob = await _pack(Reveal(round=round, truth=b""), "truth", encode_body_parts(truth))
+        return await self._call(request, Revealed, blob)
 
     async def agents(self) -> Fleet:
         """The fleet as it is now.
@@ -286,16 +309,24 @@ class Client:
                 # Its acknowledgement is what is listened for.
                 connection.datagrams.send(PULSE)
 
+    async def _receive_bodies(self) -> None:
+        with contextlib.suppress(LinkError):
+            await self._inbox.serve(self._connection)
+
     async def close(self) -> None:
-        """Leaves."""
-        self._watching.cancel()
+        """Leaves. Values that were received stay."""
+        for task in self._tasks:
+            task.cancel()
+        self._inbox.close()
         await self._connection.close(Code.NO_ERROR)
 
-    async def _call(self, request: Message, answer_type: type[AnswerT]) -> AnswerT:
+    async def _call(self, request: Message, answer_type: type[AnswerT], blob: Blob | None = None) -> AnswerT:
         channel = Channel(await self._connection.open_bi_stream(Priority.HIGH))
         try:
-            await channel.send(request)
-            answer = await channel.expect(answer_type, CallError)
+            async with _uploading(self._connection, channel, request, blob):
+                answer = await channel.expect(answer_type, CallError)
+                if isinstance(answer, Outcome):
+                    answer = await _with_contents(answer, self._inbox, {})
             # Tells the coordinator that the answer has arrived.
             await channel.finish()
         except BaseException:
@@ -319,9 +350,11 @@ class Client:
 class Replies:
     """The replies of one streamed round, as they come. Made by `Client.ask_stream`; iterate once."""
 
-    def __init__(self, connection: Connection, request: Ask) -> None:
+    def __init__(self, connection: Connection, inbox: BulkInbox, request: Ask, parts: list[bytes | memoryview]) -> None:
         self._connection = connection
+        self._inbox = inbox
         self._request = request
+        self._parts = parts
         self._iterator: AsyncGenerator[AgentResult, None] | None = None
         self._outcome: Outcome | None = None
         #: The round's number and whom it asks, once it is open; None where it was over when it was asked for again.
@@ -364,25 +397,27 @@ class Replies:
         await self.aclose()
 
     async def _iterate(self) -> AsyncGenerator[AgentResult, None]:
+        request, blob = await _pack(self._request, "body", self._parts)
         channel = Channel(await self._connection.open_bi_stream(Priority.HIGH))
         told: set[str] = set()
+        received: dict[BodyRef, BodyRef] = {}
         try:
-            await channel.send(self._request)
-            while True:
-                message = await channel.expect(Opened, Part, Outcome, CallError)
-                match message:
-                    case Opened():
-                        self.opened = message
-                    case Part(result=result):
-                        told.add(result.agent)
-                        yield result
-                    case Outcome():
-                        await channel.finish()
-                        self._outcome = message
-                        break
-                    case CallError(reason=reason, message=text, retry=retry):
-                        await channel.finish()
-                        raise CallFailed(reason, text, retry=retry)
+            async with _uploading(self._connection, channel, request, blob):
+                while self._outcome is None:
+                    message = await channel.expect(Opened, Part, Outcome, CallError)
+                    match message:
+                        case Opened():
+                            self.opened = message
+                        case Part(result=result):
+                            told.add(result.agent)
+                            yield await _with_content(result, self._inbox, received)
+                        case Outcome():
+                            outcome = await _with_contents(message, self._inbox, received)
+                            await channel.finish()
+                            self._outcome = outcome
+                        case CallError(reason=reason, message=text, retry=retry):
+                            await channel.finish()
+                            raise CallFailed(reason, text, retry=retry)
         except CallFailed:
             raise
         except BaseException:
@@ -392,6 +427,69 @@ class Replies:
         for result in self._outcome.results:
             if result.agent not in told:
                 yield result
+
+
+RequestT = TypeVar("RequestT", bound=Message)
+BodiedT = TypeVar("BodiedT", AgentResult, Outcome)
+
+
+async def _pack(request: RequestT, key: str, parts: list[bytes | memoryview]) -> tuple[RequestT, Blob | None]:
+    """The request with its body inside, or with a reference to it and the body."""
+    if sum(map(len, parts)) <= BODY_BYTES_MAX:
+        return request.model_copy(update={key: b"".join(parts)}), None
+    blob = await make_blob(parts)
+    return request.model_copy(update={key: None, "bulk": ref_to(blob)}), blob
+
+
+@contextlib.asynccontextmanager
+async def _uploading(
+    connection: Connection, channel: Channel, request: Message, blob: Blob | None
+) -> AsyncGenerator[None, None]:
+    """Sends a request, and its body beside what is done in the block; at the end of the block nothing more of it."""
+    await channel.send(request)
+    if blob is None:
+        yield
+        return
+    header = header_for(blob, "reveal" if isinstance(request, Reveal) else "ask")
+    uploading = asyncio.create_task(_upload(connection, blob, header), name="upload")
+    try:
+        yield
+    finally:
+        uploading.cancel()
+        await asyncio.wait((uploading,))
+        if not uploading.cancelled():
+            uploading.exception()
+
+
+async def _upload(connection: Connection, blob: Blob, header: Bulk) -> None:
+    # The answer, or its failing to come, says what is to be known of this.
+    with contextlib.suppress(StreamError, LinkError):
+        await send_blob(connection, blob, header)
+
+
+async def _with_contents(outcome: Outcome, inbox: BulkInbox, received: dict[BodyRef, BodyRef]) -> Outcome:
+    """The outcome with all its bodies, those that were received before among them. Raises: as `_with_content`."""
+    if outcome.bulk is None and all(result.bulk is None for result in outcome.results):
+        return outcome
+    answer = await _with_content(outcome, inbox, received)
+    results = [await _with_content(result, inbox, received) for result in outcome.results]
+    return answer.model_copy(update={"results": results})
+
+
+async def _with_content(bodied: BodiedT, inbox: BulkInbox, received: dict[BodyRef, BodyRef]) -> BodiedT:
+    """The same with its body, where that travels on a stream of its own; it is noted among those received.
+
+    Raises:
+        BodyNotReceived: it did not come in time, or not as it was announced.
+        SpoolError: there is no room for it.
+        ConnectionClosed: the connection ended.
+    """
+    ref = bodied.bulk
+    if ref is None or (ref.gone and ref not in received):
+        return bodied
+    if ref not in received:
+        received[ref] = ref.with_content(await inbox.get(ref, patience_s(ref)))
+    return bodied.model_copy(update={"bulk": received[ref]})
 
 
 def _ask_of(
@@ -404,11 +502,12 @@ def _ask_of(
     count: int | None,
     attempts: int | None,
     key: str | None,
-) -> Ask:
+) -> tuple[Ask, list[bytes | memoryview]]:
+    """A request without its body, checked, and the body's parts."""
     is_count = quorum is None or (isinstance(quorum, int) and not isinstance(quorum, bool))
-    return Ask(
+    request = Ask(
         task=task,
-        body=encode_body(value),
+        body=b"",
         quorum=quorum if is_count else None,  # type: ignore[arg-type]
         quorum_fraction=None if is_count else quorum,
         grace_s=grace_s,
@@ -418,6 +517,7 @@ def _ask_of(
         attempts=attempts,
         key=key,
     )
+    return request, encode_body_parts(value)
 
 
 #: Instead of a value, when there are no more.

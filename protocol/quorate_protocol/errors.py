@@ -6,6 +6,7 @@
     ├── LocalError                the caller's fault: nothing was sent
     │   ├── FrameTooLarge         a message over the frame ceiling (also raised for a peer's)
     │   ├── DatagramTooLarge      a datagram over what the path or the peer takes
+    │   ├── BodyMissing           a body is looked at that is not here
     │   └── ConfigurationError    a setting is wrong; carries its path
     ├── LinkError                 the network or the connection
     │   ├── ConnectFailed         no connection came about
@@ -35,6 +36,7 @@ that code and never the text of an exception of ours.
 """
 
 from enum import IntEnum
+from typing import Self
 
 
 class Code(IntEnum):
@@ -61,6 +63,15 @@ class Code(IntEnum):
 class QuorateError(Exception):
     """Root of the tree."""
 
+    def again(self) -> Self:
+        """The same, to be raised where it is kept to be raised again.
+
+        The one that is raised holds the frames that it passes, and so bodies; kept, it would hold them for as long.
+        """
+        same = type(self).__new__(type(self), *self.args)
+        same.__dict__.update(self.__dict__)
+        return same
+
 
 class LocalError(QuorateError):
     """The caller asked for what cannot be done; nothing was sent."""
@@ -82,6 +93,16 @@ class DatagramTooLarge(LocalError):
         super().__init__(f"datagram of {size_bytes} bytes is over the {max_bytes} that the connection takes")
         self.size_bytes = size_bytes
         self.max_bytes = max_bytes
+
+
+class BodyMissing(LocalError):
+    """A body is looked at that is not here: a reference to it is. `is_gone` says that nobody has it any more."""
+
+    def __init__(self, size_bytes: int, *, is_gone: bool) -> None:
+        why = "the coordinator does not keep it any more" if is_gone else "it was not received with its message"
+        super().__init__(f"the body of {size_bytes} bytes is not here: {why}")
+        self.size_bytes = size_bytes
+        self.is_gone = is_gone
 
 
 class LinkError(QuorateError):

@@ -6,45 +6,33 @@ and `vectors/` has each message as bytes.
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from quorate_protocol.bodies import decode_body
-from quorate_protocol.errors import LocalError, MessageInvalid, UnknownType
+from quorate_protocol.errors import BodyMissing, MessageInvalid, UnknownType
+from quorate_protocol.fields import (
+    Attempt,
+    Body,
+    BodyRef,
+    Count,
+    Digest,
+    InlineBody,
+    Name,
+    PositiveSeconds,
+    Role,
+    RoundId,
+    RoundState,
+    Seconds,
+    Status,
+    Text,
+)
 from quorate_protocol.frames import encode_frame
-from quorate_protocol.limits import BODY_BYTES_MAX, LABELS_MAX, NAME_BYTES_MAX, TASKS_MAX, TEXT_CHARS_MAX
-
-#: Agent ids, tasks, label keys: printable ASCII without space, so that they can stand in logs,
-#: metrics, subjects and shell commands as they are.
-Name = Annotated[
-    str, StringConstraints(min_length=1, max_length=NAME_BYTES_MAX, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@/+-]*$")
-]
-Text = Annotated[str, StringConstraints(max_length=TEXT_CHARS_MAX)]
-Body = Annotated[bytes, Field(max_length=BODY_BYTES_MAX)]
-if TYPE_CHECKING:
-    # None where `bulk` stands in its place. Plain bytes to the type checker as long as no end looks at `bulk`.
-    InlineBody = Body
-else:
-    InlineBody = Body | None
-#: SHA-256.
-Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
-RoundId = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
-Attempt = Annotated[int, Field(ge=1, le=1000)]
-PositiveSeconds = Annotated[float, Field(gt=0, le=86_400 * 365, allow_inf_nan=False)]
-
-Role = Literal["agent", "operator", "observer"]
-
-#: How each selected agent's part in a round ends; exactly one of these.
-Status = Literal["replied", "declined", "failed", "late", "lost", "cancelled", "unavailable"]
-
-#: How a round ends.
-RoundState = Literal["complete", "quorate", "expired", "failed", "cancelled", "interrupted"]
+from quorate_protocol.limits import LABELS_MAX, TASKS_MAX, TEXT_CHARS_MAX
 
 #: Messages that have bodies.
-BulkOf = Literal["assignment", "feedback", "reply", "ask", "reveal", "outcome"]
+BulkOf = Literal["assignment", "feedback", "reply", "ask", "reveal", "part", "outcome"]
 
 #: The payload of a heartbeat datagram: the map `{"type": "pulse"}`, without a frame's length.
 PULSE: Final = b"\x81\xa4type\xa5pulse"
@@ -113,15 +101,25 @@ def _check_one(model: "Message | AgentResult", key: str, bulk: "BodyRef | None",
         raise ValueError(f"neither {key} nor bulk is given, one of them must be")
 
 
-def _unpack(body: bytes | None, bulk: "BodyRef | None") -> Any:
-    """The value of a body; None without one.
+def body_of(message: "Assignment | Feedback | Reply | Ask | Reveal") -> Body | None:
+    """The body of a message: its bytes, or the reference in their place."""
+    if message.bulk is not None:
+        return message.bulk
+    return message.truth if isinstance(message, Feedback | Reveal) else message.body
+
+
+def _unpack(body: bytes | None, bulk: BodyRef | None) -> Any:
+    """The value of a body; None without one. Large arrays are views of a body that came on a stream of its own.
 
     Raises:
-        LocalError: it travels on a stream of its own.
+        BodyMissing: the body is not here.
+        FrameMalformed: it cannot be unpacked.
     """
-    if bulk is not None:
-        raise LocalError(f"the body of {bulk.size} bytes is not in the message but on a stream of its own")
-    return None if body is None else decode_body(body)
+    if bulk is None:
+        return None if body is None else decode_body(body)
+    if bulk.content is None:
+        raise BodyMissing(bulk.size, is_gone=bulk.gone)
+    return decode_body(bulk.content.view())
 
 
 @cache
@@ -221,16 +219,6 @@ class Goodbye(Message, type="goodbye"):
     reason: Text = ""
 
 
-class BodyRef(BaseModel):
-    """Stands in place of a body that travels on a stream of its own."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-    #: Bytes.
-    size: Annotated[int, Field(ge=0)]
-    digest: Digest
-
-
 # --- coordination stream -------------------------------------------------------------------------
 
 
@@ -246,7 +234,7 @@ class Assignment(Message, type="assignment"):
     round: RoundId
     task: Name
     #: This, or `bulk` where it is too large to be inline.
-    body: InlineBody = None  # type: ignore[assignment]
+    body: InlineBody | None = None
     bulk: BodyRef | None = None
     attempt: Attempt = 1
     #: Time left until the round's hard end when this was encoded.
@@ -271,7 +259,7 @@ class Feedback(Message, type="feedback"):
     round: RoundId
     task: Name
     #: This, or `bulk` where it is too large to be inline.
-    truth: InlineBody = None  # type: ignore[assignment]
+    truth: InlineBody | None = None
     bulk: BodyRef | None = None
 
     @model_validator(mode="after")
@@ -287,7 +275,7 @@ class Reply(Message, type="reply"):
     attempt: Attempt = 1
     status: Literal["replied", "declined", "failed"] = "replied"
     #: With `replied`: this, or `bulk` where it is too large to be inline.
-    body: Body | None = None
+    body: InlineBody | None = None
     bulk: BodyRef | None = None
     #: With `declined` and `failed`: what to tell the operator.
     error: Text = ""
@@ -343,7 +331,7 @@ class Telemetry(Message, type="telemetry"):
 class ExperienceTold(Message, type="experience"):
     """One experience, on a telemetry stream."""
 
-    body: Body
+    body: InlineBody
 
 
 # --- call streams --------------------------------------------------------------------------------
@@ -354,7 +342,7 @@ class Ask(Message, type="ask"):
 
     task: Name
     #: This, or `bulk` where it is too large to be inline.
-    body: InlineBody = None  # type: ignore[assignment]
+    body: InlineBody | None = None
     bulk: BodyRef | None = None
     #: Replies needed, as a count or as a share of the selected agents (rounded up); not both.
     quorum: Annotated[int, Field(ge=1)] | None = None
@@ -397,7 +385,7 @@ class AgentResult(BaseModel):
     agent: Name
     status: Status
     #: This, or `bulk`, where there is one.
-    body: Body | None = None
+    body: InlineBody | None = None
     bulk: BodyRef | None = None
     error: Text = ""
     #: From sending the assignment to receiving the reply, at the coordinator.
@@ -433,7 +421,7 @@ class Outcome(Message, type="outcome"):
     state: RoundState
     quorum: Annotated[int, Field(ge=1)]
     #: The combined answer: this, or `bulk` where it is too large to be inline; neither unless quorum was met.
-    answer: Body | None = None
+    answer: InlineBody | None = None
     bulk: BodyRef | None = None
     #: Share of the weight of all who replied that stands behind the answer.
     support: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
@@ -460,7 +448,7 @@ class Reveal(Message, type="reveal"):
 
     round: RoundId
     #: This, or `bulk` where it is too large to be inline.
-    truth: InlineBody = None  # type: ignore[assignment]
+    truth: InlineBody | None = None
     bulk: BodyRef | None = None
 
     @model_validator(mode="after")

@@ -617,7 +617,8 @@ async def test_streams_that_an_operator_has_no_use_for_are_refused(busy: Busy) -
         stream = await peer.connection.open_uni_stream()
         with contextlib.suppress(StoppedByPeer):
             await stream.send(b"x" * 600_000)
-    await busy.counts("quorate_protocol_errors_total", "UNEXPECTED_MESSAGE", 20)
+    # A unidirectional stream has to say what it is.
+    await busy.counts("quorate_protocol_errors_total", "FRAME_TOO_LARGE", 20)
     call = Channel(await peer.open())
     await call.send(Ask(task="work", body=encode_body("y" * 900_000)))
     assert (await peer.take(call, Outcome)).value == "y" * 900_000

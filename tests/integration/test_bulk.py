@@ -36,8 +36,9 @@ from quorate_protocol.errors import (
     UnexpectedMessage,
     UnknownType,
 )
+from quorate_protocol.fields import BodyRef
 from quorate_protocol.limits import BULK_HEADER_BYTES_MAX
-from quorate_protocol.messages import BodyRef, Bulk, Goodbye
+from quorate_protocol.messages import Bulk, Goodbye
 from quorate_protocol.pace import SHARE_BYTES_MIN, WINDOW_BYTES_MIN
 from quorate_protocol.transport import Connection, Priority, SendStream
 

@@ -25,7 +25,8 @@ from quorate_coordinator.settings import Settings, load_settings
 from quorate_protocol.channel import Channel
 from quorate_protocol.client import Client
 from quorate_protocol.errors import Refused
-from quorate_protocol.messages import CoordinationOpened, Hello, Reply, RoundState, Status, Welcome
+from quorate_protocol.fields import RoundState, Status
+from quorate_protocol.messages import CoordinationOpened, Hello, Reply, Welcome
 from quorate_protocol.transport import ClientTls, connect
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -38,6 +38,8 @@ CONTRACT = {
     ("quorate_calls_repeated", "counter", ()),
     ("quorate_stray_replies", "counter", ("kind",)),
     ("quorate_resumptions", "counter", ("result",)),
+    ("quorate_bodies_held_bytes", "gauge", ("place",)),
+    ("quorate_bodies_refused", "counter", ("reason",)),
     ("quorate_journal_failing", "gauge", ()),
     ("quorate_journal_records", "counter", ()),
     ("quorate_journal_damaged", "counter", ()),

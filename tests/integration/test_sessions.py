@@ -16,6 +16,7 @@ from quorate_agent.events import EndingKind
 from quorate_agent.worker import Worker
 from quorate_coordinator.certificates import DevelopmentCredentials
 from quorate_coordinator.fleet import Fleet
+from quorate_protocol.blobs import make_private_store
 from quorate_protocol.bodies import decode_body, encode_body
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import Code, QuorateError
@@ -43,6 +44,9 @@ class Desk:
             on_reachable=self._on_reachable,
             on_lost=self._on_lost,
             serve_stream=self._serve_stream,
+            awaits_s=lambda agent, round_id, attempt: 0.0,
+            store=make_private_store(),
+            bodies_refused_total=Counter(),
             handshakes_total=Counter(),
             protocol_errors_total=Counter(),
         )

@@ -39,7 +39,7 @@ from quorate_coordinator.rounds.instructions import (
     TellPart,
 )
 from quorate_coordinator.rounds.policy import RoundPolicy
-from quorate_protocol.messages import RoundState
+from quorate_protocol.fields import RoundState
 
 AGENTS = tuple("abcdef")
 

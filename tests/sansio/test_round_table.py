@@ -28,7 +28,7 @@ from quorate_coordinator.rounds.instructions import (
 from quorate_coordinator.rounds.policy import ResolvedPolicy
 from quorate_coordinator.rounds.round import Round
 from quorate_coordinator.rounds.table import CLOSED, TRANSITIONS, Phase, Trigger
-from quorate_protocol.messages import RoundState
+from quorate_protocol.fields import RoundState
 from sansio.round_making import make_reply, only, open_round, outcome_in, statuses
 
 Driven = tuple[Round, list[Instruction]]

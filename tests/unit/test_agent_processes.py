@@ -22,8 +22,11 @@ from quorate_agent.loading import load_agent
 from quorate_agent.running import HandlerRunner
 from quorate_agent.source import find_source
 from quorate_agent.streams import OwnStreams
+from quorate_protocol.blobs import Blob, blob_of
 from quorate_protocol.bodies import decode_body, encode_body
+from quorate_protocol.bulk import ref_to
 from quorate_protocol.errors import Code, ConnectionClosed
+from quorate_protocol.fields import Body, BodyRef
 from quorate_protocol.limits import BODY_BYTES_MAX
 
 #: Over anything that happens in time; a test that waits so long has failed.
@@ -135,7 +138,7 @@ class Runner:
         assert self.runner._pool is not None
         return self.runner._pool.pids
 
-    def start(self, *body: Any, raw: bytes | None = None, deadline: float = math.inf) -> int:
+    def start(self, *body: Any, raw: Body | None = None, deadline: float = math.inf) -> int:
         self._works += 1
         packed = encode_body(list(body)) if raw is None else raw
         self.runner.start(StartAssignment(self._works, 5, 2, "do", packed, deadline))
@@ -227,7 +230,6 @@ async def test_the_context_is_that_of_the_work(opened: Open) -> None:
         (("raise", "first\nsecond"), "ValueError: first"),
         (("exit",), "SystemExit: 3"),
         (("set",), "the answer cannot be sent: body cannot be sent: a set has no msgpack form"),
-        (("bytes", BODY_BYTES_MAX + 1), f"answer of {BODY_BYTES_MAX + 6} bytes is over the {BODY_BYTES_MAX} that"),
     ],
 )
 async def test_failures_are_told_as_in_a_thread_and_the_process_lives(
@@ -237,6 +239,19 @@ async def test_failures_are_told_as_in_a_thread_and_the_process_lives(
     (pid,) = runner.pids
     assert (await runner.error(*body)).startswith(text)
     assert await runner.answer("pid") == pid
+
+
+async def test_large_bodies_go_both_ways(opened: Open) -> None:
+    runner = await opened()
+    text = "x" * (2 * BODY_BYTES_MAX)
+    blob = blob_of([encode_body(["echo", text])])
+    runner.start(raw=ref_to(blob).with_content(blob))
+    ended = await runner.end()
+    assert isinstance(ended, HandlerReturned)
+    assert isinstance(ended.body, BodyRef)
+    assert isinstance(ended.body.content, Blob)
+    assert ended.body == ref_to(blob_of([encode_body([text])]))
+    assert decode_body(ended.body.content.view()) == [text]
 
 
 async def test_what_cannot_be_unpacked_fails(opened: Open) -> None:

@@ -6,17 +6,21 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import numpy
 import pytest
 import structlog
 
-from quorate_agent import Agent, Context, Declined
+from quorate_agent import Agent, Context, Declined, calling
 from quorate_agent.calling import Ended, describe
 from quorate_agent.events import HandlerDeclined, HandlerFailed, HandlerReturned, StartAssignment, StartFeedback
 from quorate_agent.running import HandlerRunner
 from quorate_agent.streams import OwnStreams
 from quorate_agent.threads import HandlerThreads
-from quorate_protocol.bodies import decode_body, encode_body
+from quorate_protocol.blobs import Blob, blob_of
+from quorate_protocol.bodies import decode_body, encode_body, encode_body_parts
+from quorate_protocol.bulk import ref_to
 from quorate_protocol.errors import Code, ConnectionClosed
+from quorate_protocol.fields import Body, BodyRef
 from quorate_protocol.limits import BODY_BYTES_MAX
 
 Run = Callable[..., Awaitable[Ended]]
@@ -40,7 +44,7 @@ class Runner:
             self._runner = HandlerRunner(self.agent, "agent-1", 2, self.ended.put_nowait, no_link)
         return self._runner
 
-    async def task(self, function: Any, body: Any = None, raw: bytes | None = None) -> Ended:
+    async def task(self, function: Any, body: Any = None, raw: Body | None = None) -> Ended:
         if not self.agent.handlers:
             self.agent.task("t")(function)
         self.runner.start(assignment(body, raw=raw))
@@ -52,7 +56,7 @@ class Runner:
         return await self.ended.get()
 
 
-def assignment(body: Any = None, *, work: int = 1, raw: bytes | None = None) -> StartAssignment:
+def assignment(body: Any = None, *, work: int = 1, raw: Body | None = None) -> StartAssignment:
     return StartAssignment(work, 5, 2, "t", encode_body(body) if raw is None else raw, math.inf)
 
 
@@ -178,24 +182,50 @@ async def test_a_handler_may_decline(runner: Runner, is_async: bool) -> None:
     assert ended.reason == "not mine"
 
 
-@pytest.mark.parametrize(
-    ("answer", "text"),
-    [
-        ({1, 2}, "the answer cannot be sent: body cannot be sent: a set has no msgpack form"),
-        (b"x" * (BODY_BYTES_MAX + 1), f"answer of {BODY_BYTES_MAX + 6} bytes is over the {BODY_BYTES_MAX} that travel"),
-    ],
-    ids=["set", "large"],
-)
-async def test_an_answer_that_cannot_travel_has_failed(runner: Runner, answer: Any, text: str) -> None:
-    ended = await runner.task(lambda body: answer)
+async def test_an_answer_that_cannot_travel_has_failed(runner: Runner) -> None:
+    ended = await runner.task(lambda body: {1, 2})
     assert isinstance(ended, HandlerFailed)
-    assert ended.error.startswith(text)
+    assert ended.error == "the answer cannot be sent: body cannot be sent: a set has no msgpack form"
 
 
-async def test_the_largest_answer_travels(runner: Runner) -> None:
+async def test_an_answer_over_the_ceiling_has_failed(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calling, "BULK_BYTES_MAX", 2 * BODY_BYTES_MAX)
+    ended = await runner.task(lambda body: bytes(2 * BODY_BYTES_MAX))
+    assert isinstance(ended, HandlerFailed)
+    assert ended.error == (
+        f"the answer of {2 * BODY_BYTES_MAX + 5} bytes is over the {2 * BODY_BYTES_MAX} that can travel"
+    )
+
+
+async def test_the_largest_inline_answer(runner: Runner) -> None:
     ended = await runner.task(lambda body: b"x" * (BODY_BYTES_MAX - 5))
     assert isinstance(ended, HandlerReturned)
+    assert isinstance(ended.body, bytes)
     assert len(ended.body) == BODY_BYTES_MAX
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_large_answer_is_the_memory_of_its_array(runner: Runner, is_async: bool) -> None:
+    array = numpy.arange(BODY_BYTES_MAX, dtype="u1")
+
+    async def answer(body: Any) -> Any:
+        return array
+
+    ended = await runner.task(answer if is_async else lambda body: array)
+    assert isinstance(ended, HandlerReturned)
+    assert isinstance(ended.body, BodyRef)
+    assert isinstance(ended.body.content, Blob)
+    assert ended.body == ref_to(ended.body.content)
+    *_, values = ended.body.content._parts or ()
+    assert numpy.shares_memory(numpy.frombuffer(values, "u1"), array)
+
+
+async def test_a_large_body_comes_as_a_view(runner: Runner) -> None:
+    blob = blob_of([b"".join(encode_body_parts(numpy.arange(BODY_BYTES_MAX, dtype="u1")))])
+    seen: list[Any] = []
+    ended = await runner.task(seen.append, raw=ref_to(blob).with_content(blob))
+    assert isinstance(ended, HandlerReturned)
+    assert numpy.shares_memory(seen[0], numpy.frombuffer(blob.view(), "u1"))
 
 
 async def test_a_body_that_cannot_be_unpacked_fails_that_reply(runner: Runner) -> None:

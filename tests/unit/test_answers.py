@@ -11,6 +11,7 @@ import pytest
 from quorate_coordinator.learner.answers import DEPTH_MAX, VALUE_BYTES_MAX, answer_key
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.errors import FrameMalformed
+from quorate_protocol.fields import BodyRef
 
 UTC = datetime.UTC
 NOON = datetime.datetime(2024, 5, 1, 12, tzinfo=UTC)
@@ -120,3 +121,9 @@ def test_a_deep_body_is_compared_by_its_bytes() -> None:
     assert key(nested(DEPTH_MAX + 1)) == key(nested(DEPTH_MAX + 1))
     assert key(nested(DEPTH_MAX + 1)) != answer_key(b"\x91" * (DEPTH_MAX + 1) + b"\xcb" + struct.pack(">d", 1))
     assert key(nested(900)) != key(nested(901))
+
+
+def test_a_body_that_is_elsewhere_is_its_digest() -> None:
+    one, other = BodyRef(size=1 << 30, digest=b"1" * 32), BodyRef(size=1 << 30, digest=b"2" * 32)
+    assert answer_key(one) == answer_key(one.model_copy()) != answer_key(other)
+    assert answer_key(one) != answer_key(encode_body(b"1" * 32))

@@ -4,6 +4,7 @@ import re
 import time
 from typing import Any
 
+import numpy
 import pytest
 
 from quorate_coordinator.cli.ask_command import _print_outcome
@@ -11,7 +12,9 @@ from quorate_coordinator.cli.fleet_commands import _print_fleet
 from quorate_coordinator.feeding import report
 from quorate_coordinator.feeding.report import LiveProgress, print_report
 from quorate_coordinator.feeding.tally import Tally
-from quorate_protocol.bodies import encode_body
+from quorate_protocol.blobs import blob_of
+from quorate_protocol.bodies import encode_body, encode_body_parts
+from quorate_protocol.bulk import ref_to
 from quorate_protocol.messages import AgentInfo, AgentResult, Fleet, Outcome, Revealed
 
 
@@ -224,3 +227,14 @@ def test_progress_on_a_terminal_is_a_bar_that_goes(
     assert "feed [red]x.csv" in plain
     assert "1/50" in plain
     assert "accuracy 1.0000" in plain
+
+
+@pytest.mark.usefixtures("pipe")
+def test_a_large_answer_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    blob = blob_of(encode_body_parts(numpy.zeros((512, 1024), "f4")))
+    gone = ref_to(blob).model_copy(update={"gone": True})
+    told = outcome(AgentResult(agent="a", status="replied", bulk=gone))
+    _print_outcome(told.model_copy(update={"answer": None, "bulk": ref_to(blob).with_content(blob)}))
+    lines = " ".join(shown(capsys))
+    assert f"array of float32, 512 x 1024 ({len(blob)} bytes)" in lines
+    assert f"the body of {len(blob)}" in lines

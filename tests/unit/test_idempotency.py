@@ -7,7 +7,8 @@ import pytest
 from quorate_coordinator.idempotency import Keys, digest_of, is_final
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.errors import CallFailed
-from quorate_protocol.messages import AgentResult, Ask, Outcome, RoundState
+from quorate_protocol.fields import RoundState
+from quorate_protocol.messages import AgentResult, Ask, Outcome
 
 D1, D2 = b"1" * 16, b"2" * 16
 

@@ -22,7 +22,7 @@ ROOTS = {
 #: The floors of quorate_protocol, ground first. A module imports from floors below its own, and a package from itself.
 FLOORS: list[set[str]] = [
     {"", "limits", "errors", "state_dir"},
-    {"frames", "bodies", "blobs", "credentials", "logs"},
+    {"frames", "fields", "bodies", "blobs", "credentials", "logs"},
     {"messages"},
     {"transport"},
     {"channel", "pace"},
@@ -58,6 +58,7 @@ CORES = (
     "quorate_agent.backlog",
     "quorate_protocol.frames",
     "quorate_protocol.bodies",
+    "quorate_protocol.fields",
     "quorate_protocol.messages",
     "quorate_protocol.pace",
 )

@@ -17,6 +17,9 @@ from quorate_coordinator.journal.records import (
     TruthTold,
     decode_record,
 )
+from quorate_protocol.fields import BodyRef
+
+LARGE = BodyRef(size=1 << 30, digest=b"x" * 32)
 
 RECORDS = [
     opened(1),
@@ -27,6 +30,10 @@ RECORDS = [
     RoundClosed(2, "t", "interrupted", 1, (), 0.0, "coordinator stops"),
     late(1),
     truth(1),
+    # Of large bodies the references alone.
+    RoundOpened(7, "t", LARGE, ("a",), 1, None, 1.0, ""),
+    RoundClosed(7, "t", "complete", 1, (RecordedResult("a", "replied", LARGE),), 1.0, answer=LARGE),
+    TruthTold(7, LARGE),
     experience(),
 ]
 

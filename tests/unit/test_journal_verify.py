@@ -30,7 +30,7 @@ from quorate_coordinator.journal.records import Record, RecordedResult, RoundClo
 from quorate_coordinator.journal.rows import compute_digest
 from quorate_coordinator.journal.verify import PROBLEMS_MAX, check_round, verify
 from quorate_coordinator.journal.writer import Journal
-from quorate_protocol.messages import RoundState
+from quorate_protocol.fields import RoundState
 
 REPLIED = RecordedResult("ant", "replied", b"\1")
 SECOND = RecordedResult("bee", "replied", b"\1")

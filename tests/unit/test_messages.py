@@ -6,13 +6,13 @@ import pytest
 from pydantic import ValidationError
 
 from quorate_protocol.errors import FrameTooLarge, LocalError, MessageInvalid, UnknownType
+from quorate_protocol.fields import BodyRef
 from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import BODY_BYTES_MAX, FRAME_BYTES_MAX, FRAME_PREFIX_BYTES, LABELS_MAX, TASKS_MAX
 from quorate_protocol.messages import (
     AgentResult,
     Ask,
     Assignment,
-    BodyRef,
     Bulk,
     Feedback,
     Goodbye,
@@ -190,7 +190,7 @@ class TestReferences:
     def test_the_value_of_a_body_that_is_elsewhere(self) -> None:
         for model in (Outcome, AgentResult):
             keys, _ = WITH_BODY[model]
-            with pytest.raises(LocalError, match="body of 1073741824 bytes is not in the message"):
+            with pytest.raises(LocalError, match="body of 1073741824 bytes is not here: it was not received"):
                 model(**keys, bulk=REF).value  # type: ignore[union-attr]  # noqa: B018
 
     def test_references_are_compared_and_looked_up_by_what_they_say(self) -> None:

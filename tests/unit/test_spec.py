@@ -16,23 +16,20 @@ from quorate_coordinator.rounds.instructions import RejectReason
 from quorate_protocol import limits
 from quorate_protocol.bodies import decode_body, encode_body
 from quorate_protocol.errors import Code
-from quorate_protocol.frames import encode_frame
-from quorate_protocol.limits import BODY_BYTES_MAX, LABELS_MAX, TASKS_MAX
-from quorate_protocol.messages import (
-    AgentInfo,
-    AgentResult,
-    Body,
+from quorate_protocol.fields import (
     BodyRef,
     Digest,
+    InlineBody,
     Name,
     PositiveSeconds,
-    Resume,
     RoundId,
     RoundState,
     Seconds,
     Text,
-    message_types,
 )
+from quorate_protocol.frames import encode_frame
+from quorate_protocol.limits import BODY_BYTES_MAX, LABELS_MAX, TASKS_MAX
+from quorate_protocol.messages import AgentInfo, AgentResult, Resume, message_types
 
 SPEC = (Path(__file__).resolve().parents[2] / "protocol" / "SPEC.md").read_text(encoding="utf-8")
 
@@ -52,7 +49,7 @@ TYPES: dict[str, Any] = {
     "name": Name,
     "text": Text,
     "text64": Annotated[str, StringConstraints(max_length=64)],
-    "body": Body,
+    "body": InlineBody,
     "round": RoundId,
     "attempt": Annotated[int, Field(ge=1, le=1000)],
     "attempts": Annotated[int, Field(ge=1, le=100)],

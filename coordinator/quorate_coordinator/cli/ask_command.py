@@ -25,7 +25,7 @@ from quorate_coordinator.cli.common import (
     TokenFileOption,
 )
 from quorate_protocol.client import Replies
-from quorate_protocol.errors import CallFailed, FrameMalformed, LinkError, Refused
+from quorate_protocol.errors import BodyMissing, CallFailed, FrameMalformed, LinkError, Refused
 from quorate_protocol.messages import AgentResult, Outcome
 
 #: States in which there is an answer.
@@ -175,7 +175,7 @@ def _show(outcome: Outcome, *, json_output: bool, was_streamed: bool) -> None:
         _print_outcome(outcome, has_table=not was_streamed)
     elif outcome.state in ANSWERED:
         with common.errors_shown():
-            common.print_json(common.as_json(outcome.value))
+            common.print_json(_shown(outcome))
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
         "state": outcome.state,
         "reason": outcome.reason,
         "quorum": outcome.quorum,
-        "answer": common.as_json(outcome.value),
+        "answer": _shown(outcome),
         "support": outcome.support,
         "duration_ms": _ms(outcome.duration_s),
         "results": [_result_json(result) for result in outcome.results],
@@ -208,9 +208,30 @@ def _result_json(result: AgentResult) -> dict[str, Any]:
 def _answer_of(result: AgentResult) -> tuple[Any, str]:
     """What an agent answered, as JSON has it, and its error: also that of an answer that cannot be read."""
     try:
-        return common.as_json(result.value), result.error
+        return _shown(result), result.error
     except FrameMalformed as error:
         return None, f"its answer cannot be read: {error}"
+
+
+def _shown(answered: Outcome | AgentResult) -> Any:
+    """An answer as JSON has it; of a large one, in words what it is: nobody reads millions of numbers.
+
+    Raises:
+        FrameMalformed: it cannot be read.
+    """
+    ref = answered.bulk
+    if ref is None:
+        return common.as_json(answered.value)
+    try:
+        value = answered.value
+    except BodyMissing as error:
+        return str(error)
+    kind = type(value).__name__
+    if hasattr(value, "dtype"):
+        kind = f"array of {value.dtype}, {' x '.join(map(str, value.shape))}"
+    elif isinstance(value, list | dict | str | bytes):
+        kind += f" of {len(value)}"
+    return f"{kind} ({ref.size} bytes)"
 
 
 def _ms(seconds: float) -> float:
@@ -221,7 +242,7 @@ def _print_outcome(outcome: Outcome, *, has_table: bool = True) -> None:
     console = Console()
     if outcome.state in ANSWERED:
         with common.errors_shown():
-            console.print(Text(common.json_text(common.as_json(outcome.value)), style="bold green"))
+            console.print(Text(common.json_text(_shown(outcome)), style="bold green"))
     if has_table:
         console.print(_table_of(outcome))
     support = "" if outcome.support is None else f" · support {outcome.support:.0%}"

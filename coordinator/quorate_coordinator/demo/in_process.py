@@ -13,6 +13,7 @@ from quorate_coordinator.learner.api import AgentReply, ClosedRound, Learner
 from quorate_coordinator.learner.datasets import DATASETS, instances
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_protocol.bodies import decode_body, encode_body
+from quorate_protocol.fields import BodyRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ def run_in_process(
         closed = tuple(AgentReply(agent=name, body=reply, latency_s=0.0) for name, reply in replies.items())
         answer = learner.combine(ClosedRound(number, TASK, closed))
         report = learner.learn(ClosedRound(number, TASK, closed, answer.body), truth)
+        assert not isinstance(answer.body, BodyRef), "labels are small"
         for agent in agents.values():
             # As over the network, everyone who was asked gets bodies of its own.
             agent.feedback_handlers[TASK](decode_body(body), decode_body(truth))

@@ -1,7 +1,8 @@
 """What the journal holds: five kinds of records, each a msgpack map of its fields. Pure.
 
 A field that has its default is left out, and a key that is not known is passed over, so that a later version can add
-fields. Times are seconds; floats are kept exactly. Bodies are opaque, as on the wire.
+fields. Times are seconds; floats are kept exactly. Bodies are opaque, as on the wire; of a large one, which was no
+part of its message, size and digest are kept.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Final, Self, TypeVar, get_args
 import msgpack
 
 from quorate_coordinator.journal.errors import RecordInvalid
-from quorate_protocol.messages import RoundState, Status
+from quorate_protocol.fields import Body, BodyRef, RoundState, Status
 
 T = TypeVar("T")
 
@@ -27,8 +28,8 @@ class RoundOpened:
 
     round: int
     task: str
-    #: What the agents are asked, packed.
-    body: bytes
+    #: What the agents are asked, packed, or a reference to it.
+    body: Body
     #: All who were selected, sorted.
     selected: tuple[str, ...]
     #: Replies needed.
@@ -53,7 +54,7 @@ class RoundOpened:
         fields: dict[str, Any] = {
             "round": self.round,
             "task": self.task,
-            "body": self.body,
+            "body": _plain(self.body),
             "selected": self.selected,
             "quorum": self.quorum,
             "deadline_s": self.deadline_s,
@@ -73,7 +74,7 @@ class RoundOpened:
         return cls(
             round=fields.get("round", _count),
             task=fields.get("task", _text),
-            body=fields.get("body", _bytes),
+            body=fields.get("body", _body),
             selected=tuple(fields.get("selected", _texts)),
             quorum=fields.get("quorum", _count),
             grace_s=fields.find("grace_s", _seconds),
@@ -91,7 +92,7 @@ class RecordedResult:
     agent: str
     status: Status
     #: The answer, packed; with `replied` alone.
-    body: bytes | None = None
+    body: Body | None = None
     #: With any other status: why, as far as known.
     error: str = ""
     #: Seconds from opening the round to receiving the reply; None without a reply in time.
@@ -120,7 +121,7 @@ class RoundClosed:
     #: With a state other than complete and quorate: what went wrong.
     reason: str = ""
     #: The combined answer, packed; None where there was none.
-    answer: bytes | None = None
+    answer: Body | None = None
     #: Share of weight behind the answer, 0 to 1; None without one.
     support: float | None = None
     #: Weight of each agent that replied, at closing.
@@ -148,7 +149,7 @@ class RoundClosed:
             fields["reason"] = self.reason
         if self.weights:
             fields["weights"] = dict(self.weights)
-        _add_present(fields, answer=self.answer, support=self.support, key=self.key, digest=self.digest)
+        _add_present(fields, answer=_plain(self.answer), support=self.support, key=self.key, digest=self.digest)
         return _pack(self.kind, fields)
 
     @classmethod
@@ -167,7 +168,7 @@ class RoundClosed:
             results=fields.get("results", _results),
             duration_s=fields.get("duration_s", _seconds),
             reason=fields.find("reason", _text) or "",
-            answer=fields.find("answer", _bytes),
+            answer=fields.find("answer", _body),
             support=fields.find("support", _seconds),
             weights=fields.find("weights", _weights) or {},
             key=fields.find("key", _text),
@@ -184,8 +185,8 @@ class ReplyLate:
     round: int
     task: str
     agent: str
-    #: Packed.
-    body: bytes
+    #: Packed, or a reference to it.
+    body: Body
     #: Seconds from opening the round to receiving this.
     latency_s: float
     #: Seconds, as the agent says.
@@ -205,7 +206,7 @@ class ReplyLate:
                 "round": self.round,
                 "task": self.task,
                 "agent": self.agent,
-                "body": self.body,
+                "body": _plain(self.body),
                 "latency_s": self.latency_s,
                 "compute_s": self.compute_s,
                 "waited_s": self.waited_s,
@@ -224,7 +225,7 @@ class ReplyLate:
             round=fields.get("round", _count),
             task=fields.get("task", _text),
             agent=fields.get("agent", _text),
-            body=fields.get("body", _bytes),
+            body=fields.get("body", _body),
             latency_s=fields.get("latency_s", _seconds),
             compute_s=fields.get("compute_s", _seconds),
             waited_s=fields.get("waited_s", _seconds),
@@ -238,8 +239,8 @@ class TruthTold:
     kind: ClassVar[str] = "truth"
 
     round: int
-    #: Packed.
-    truth: bytes
+    #: Packed, or a reference to it.
+    truth: Body
 
     def encode(self) -> bytes:
         """Packs it.
@@ -247,7 +248,7 @@ class TruthTold:
         Raises:
             RecordInvalid: a field cannot be packed.
         """
-        return _pack(self.kind, {"round": self.round, "truth": self.truth})
+        return _pack(self.kind, {"round": self.round, "truth": _plain(self.truth)})
 
     @classmethod
     def decode(cls, payload: bytes) -> Self:
@@ -257,7 +258,7 @@ class TruthTold:
             RecordInvalid: it is not what `encode` makes.
         """
         fields = _Fields(cls.kind, payload)
-        return cls(round=fields.get("round", _count), truth=fields.get("truth", _bytes))
+        return cls(round=fields.get("round", _count), truth=fields.get("truth", _body))
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +325,7 @@ def _add_present(fields: dict[str, Any], **optional: object) -> None:
 
 
 def _short(result: RecordedResult) -> list[object]:
-    head: list[object] = [result.agent, result.status, result.body, result.error]
+    head: list[object] = [result.agent, result.status, _plain(result.body), result.error]
     if result.latency_s is None and not result.compute_s and not result.waited_s:
         return head
     return [*head, result.latency_s, result.compute_s, result.waited_s]
@@ -379,6 +380,20 @@ def _bytes(value: Any) -> bytes:
     return value
 
 
+def _plain(body: Body | None) -> object:
+    """A body as msgpack has it."""
+    return {"size": body.size, "digest": body.digest} if isinstance(body, BodyRef) else body
+
+
+def _body(value: Any) -> Body:
+    if not isinstance(value, dict):
+        return _bytes(value)
+    digest = _bytes(value.get("digest"))
+    if len(digest) != 32:
+        raise ValueError(f"has a digest of {len(digest)} bytes")
+    return BodyRef(size=_count(value.get("size")), digest=digest)
+
+
 def _seconds(value: Any) -> float:
     if type(value) not in (float, int):
         raise TypeError(f"is no number: {value!r:.40}")
@@ -418,7 +433,7 @@ def _result(value: Any) -> RecordedResult:
     return RecordedResult(
         agent=_text(agent),
         status=_status(status),
-        body=None if body is None else _bytes(body),
+        body=None if body is None else _body(body),
         error=_text(error),
         latency_s=None if latency_s is None else _seconds(latency_s),
         compute_s=_seconds(compute_s),

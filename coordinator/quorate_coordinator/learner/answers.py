@@ -8,7 +8,8 @@ Agents are written in many languages, and a vote must not split over how one of 
 - lists are the same when their elements are, in order; maps when their keys and values are, in any order;
 - arrays are the same when shape and elements are, whatever their dtype; an array is not a list;
 - times are the same when they are the same instant;
-- a body over `VALUE_BYTES_MAX`, or deeper than `DEPTH_MAX`, is the same only as a body with the same bytes.
+- a body over `VALUE_BYTES_MAX`, or deeper than `DEPTH_MAX`, is the same only as a body with the same bytes;
+- so is one that is not inline: its digest stands for it, and it may be anything.
 """
 
 import datetime
@@ -22,6 +23,7 @@ import numpy
 import numpy.typing
 
 from quorate_protocol.bodies import decode_body
+from quorate_protocol.fields import Body, BodyRef
 
 #: Largest body that is compared by its value, in bytes. A list of this many small numbers takes some
 #: ten milliseconds, and the vote runs where the coordinator's event loop runs.
@@ -39,12 +41,14 @@ class _TooDeep(Exception):
     """A value is nested deeper than `DEPTH_MAX`."""
 
 
-def answer_key(body: bytes) -> bytes:
+def answer_key(body: Body) -> bytes:
     """A key that is equal for bodies that are the same answer, and for no others.
 
     Raises:
         FrameMalformed: `decode_body` cannot unpack the body. One over `VALUE_BYTES_MAX` is not tried.
     """
+    if isinstance(body, BodyRef):
+        return b"R" + body.digest
     if len(body) <= VALUE_BYTES_MAX:
         try:
             return _key(decode_body(body), DEPTH_MAX)

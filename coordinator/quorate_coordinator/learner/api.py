@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from quorate_protocol.errors import LocalError
+from quorate_protocol.fields import Body
 
 
 class SnapshotInvalid(LocalError):
@@ -22,8 +23,8 @@ class Request:
     """A round about to be opened."""
 
     task: str
-    #: What the agents are asked, as its maker packed it.
-    body: bytes
+    #: What the agents are asked, as its maker packed it, or a reference to it.
+    body: Body
     #: Agents that can do the task and are free for it.
     candidates: tuple[str, ...]
     #: How many of them to ask at most; None asks as many as the learner likes.
@@ -51,8 +52,8 @@ class AgentReply:
     """One agent's answer in a closed round. Those who declined, failed or were late have none."""
 
     agent: str
-    #: The answer as the agent packed it; it may be anything, even no msgpack at all.
-    body: bytes
+    #: The answer as the agent packed it, or a reference to it; it may be anything, even no msgpack at all.
+    body: Body
     #: Seconds from sending the assignment to receiving the reply, by the coordinator's clock.
     latency_s: float
 
@@ -73,7 +74,7 @@ class ClosedRound:
     #: At most one of each agent, in any order: no result may depend on the order of arrival.
     replies: tuple[AgentReply, ...]
     #: The combined answer that the operator got; None where there was none.
-    answer: bytes | None = None
+    answer: Body | None = None
 
     def __post_init__(self) -> None:
         if len({reply.agent for reply in self.replies}) != len(self.replies):
@@ -94,7 +95,7 @@ class Answer:
     """One answer from many replies."""
 
     #: One of the replies' bodies, as it came; None where no reply could be read.
-    body: bytes | None = None
+    body: Body | None = None
     #: Share of the weight of all who replied that stands behind the answer, 0 to 1; None without one.
     support: float | None = None
     #: Weight of each agent that replied, a part of the task's whole weight of 1.
@@ -166,7 +167,7 @@ class Learner(Protocol):
         """One answer from the replies. To be called at most once for a closed round: it counts their latencies."""
         ...
 
-    def learn(self, outcome: ClosedRound, truth: bytes) -> Report:
+    def learn(self, outcome: ClosedRound, truth: Body) -> Report:
         """Scores a round's agents once its truth is known, however late.
 
         Raises:

@@ -33,6 +33,7 @@ from quorate_coordinator.learner.api import (
 )
 from quorate_coordinator.learner.fixed_share import LEARNING_RATE, SHARE, FixedShare
 from quorate_protocol.errors import FrameMalformed
+from quorate_protocol.fields import Body
 from quorate_protocol.limits import CONNECTIONS_MAX
 
 #: Agents whose latency is remembered, the least recently heard go first: as many as may be
@@ -120,7 +121,7 @@ class VoteLearner:
         support = min(1.0, sums[best] / math.fsum(weights.values()))
         return Answer(body=bodies[speaker], support=support, weights=weights)
 
-    def learn(self, outcome: ClosedRound, truth: bytes) -> Report:
+    def learn(self, outcome: ClosedRound, truth: Body) -> Report:
         """Moves the weights of the agents that replied. The replies may be a part of those that were combined.
 
         Raises:
@@ -336,9 +337,9 @@ class _Task:
         self.accuracy = accuracy or _Accuracy()
 
 
-def _keys(bodies: Mapping[str, bytes]) -> dict[str, bytes | None]:
+def _keys(bodies: Mapping[str, Body]) -> dict[str, bytes | None]:
     """The answer that each agent gave; None for a body that cannot be read. Equal bodies are read once."""
-    read: dict[bytes, bytes | None] = {}
+    read: dict[Body, bytes | None] = {}
     for body in bodies.values():
         if body not in read:
             try:

@@ -7,7 +7,8 @@ reply goes straight to its round.
 What is bounded, and what happens beyond (`BookLimits`):
 
 - rounds in flight, in all, for each agent and for each operator: a request over it is rejected as `busy`;
-- bytes of questions and replies held by rounds in flight: requests are rejected as `busy` while they are
+- bytes of questions and replies held by rounds in flight, but for large bodies, which the book has by reference only
+  (the shell bounds their bytes): requests are rejected as `busy` while they are
   used up, and a reply that finds no room counts as `failed`;
 - closed rounds that await their truth, by count and by bytes: the oldest is forgotten, and counted;
 - what is known of closed rounds after that (to tell a duplicate from a stranger): dropped silently,
@@ -49,7 +50,7 @@ from quorate_coordinator.rounds.policy import NobodySelected, PolicyConflict
 from quorate_coordinator.rounds.round import Round, RoundEvent
 from quorate_coordinator.rounds.shelf import Shelf
 from quorate_coordinator.timers import Timers
-from quorate_protocol.messages import RoundState
+from quorate_protocol.fields import RoundState, inline_bytes
 
 #: What a closed round costs beside the bodies of its replies, in bytes: a result with its floats and
 #: its places in tuples (230 were measured), and the round itself.
@@ -174,6 +175,16 @@ class RoundBook:
         """Rounds that wait for one agent."""
         return len(self._rounds_of.get(agent, ()))
 
+    def awaits(self, round_id: int, agent: str, attempt: int | None) -> bool:
+        """Whether a reply of an agent to this attempt, or to any, would count; time has no say in this."""
+        round_ = self._rounds.get(round_id)
+        return round_ is not None and round_.awaits(agent, attempt)
+
+    def remaining_s(self, round_id: int, now: float) -> float:
+        """Seconds until a round's hard end; 0 for one that is not in flight."""
+        round_ = self._rounds.get(round_id)
+        return 0.0 if round_ is None else max(0.0, round_.deadline_at - now)
+
     @property
     def is_draining(self) -> bool:
         """Whether new requests are rejected for good."""
@@ -234,7 +245,7 @@ class RoundBook:
             return f"{len(self._rounds)} rounds are in flight, as many as there may be"
         if event.operator and self._in_flight_of_operator[event.operator] >= limits.in_flight_per_operator_max:
             return f"{limits.in_flight_per_operator_max} rounds of this operator are in flight, as many as may be"
-        if self._held_bytes + len(event.body) > limits.held_bytes_max:
+        if self._held_bytes + inline_bytes(event.body) > limits.held_bytes_max:
             return f"rounds in flight hold {self._held_bytes} bytes, and may hold {limits.held_bytes_max}"
         for agent in event.selected + event.away:
             if self.in_flight_of(agent) >= limits.in_flight_per_agent_max:
@@ -247,7 +258,7 @@ class RoundBook:
             self.stray_counts["unknown"] += 1
             return [NoteStray("unknown", event.round, event.agent)]
         was_working = round_.is_working(event.agent)
-        reply_bytes = len(event.body or b"") + len(event.error)
+        reply_bytes = inline_bytes(event.body) + len(event.error)
         if was_working and self._held_bytes + reply_bytes > self.limits.held_bytes_max:
             event = replace(event, status="failed", body=None, error=_NO_ROOM)
             reply_bytes = 0  # that text is one for all
@@ -342,5 +353,5 @@ def _reject(request: RoundRequested, reason: RejectReason, message: str, *, retr
 
 
 def _estimate_bytes(outcome: Outcome) -> int:
-    texts = sum(len(result.body or b"") + len(result.error) for result in outcome.results)
+    texts = sum(inline_bytes(result.body) + len(result.error) for result in outcome.results)
     return _ROUND_BYTES + _RESULT_BYTES * len(outcome.results) + texts

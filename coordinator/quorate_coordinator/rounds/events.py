@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quorate_coordinator.rounds.policy import RoundPolicy
+from quorate_protocol.fields import Body
 
 ReplyStatus = Literal["replied", "declined", "failed"]
 
@@ -15,8 +16,8 @@ class RoundRequested:
     #: The shell's own name for the request; comes back in what answers it.
     request_id: int
     task: str
-    #: What the agents are asked, packed; passed on untouched.
-    body: bytes
+    #: What the agents are asked, packed, or a reference to it; passed on untouched.
+    body: Body
     #: Agents to ask, each reachable now.
     selected: tuple[str, ...]
     #: Agents that belong to the round and have no link now: they are asked when they return, and end as
@@ -37,8 +38,8 @@ class ReplyReceived:
     agent: str
     attempt: int
     status: ReplyStatus
-    #: The answer, packed; with `replied`.
-    body: bytes | None
+    #: The answer, packed, or a reference to it; with `replied`.
+    body: Body | None
     #: With `declined` and `failed`: why.
     error: str = ""
     #: Seconds that the agent's handler ran, as the agent says.
@@ -83,8 +84,8 @@ class TruthRevealed:
     #: The shell's own name for the call.
     request_id: int
     round: int
-    #: Packed; passed on untouched.
-    truth: bytes
+    #: Packed, or a reference to it; passed on untouched.
+    truth: Body
 
 
 @dataclass(frozen=True, slots=True)

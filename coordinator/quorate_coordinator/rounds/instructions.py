@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quorate_coordinator.rounds.policy import ResolvedPolicy
-from quorate_protocol.messages import RoundState, Status
+from quorate_protocol.fields import Body, RoundState, Status
 
 #: Why a reply did not count: `unknown` (no such round, or not remembered any more), `not-asked` (an
 #: agent that the round did not ask), `duplicate` (its agent had answered), `wrong-attempt` (it had not, and
@@ -27,7 +27,7 @@ class AgentResult:
     agent: str
     status: Status
     #: The answer, packed; with `replied` alone.
-    body: bytes | None = None
+    body: Body | None = None
     #: With any other status: why, as far as known.
     error: str = ""
     #: Seconds from opening the round to receiving the reply; None without a reply in time.
@@ -67,7 +67,7 @@ class OpenRound:
     #: All who were selected, sorted, those without a link among them.
     selected: tuple[str, ...]
     task: str
-    body: bytes
+    body: Body
     policy: ResolvedPolicy
     operator: str
 
@@ -80,7 +80,7 @@ class SendAssignment:
     #: Sorted; never empty.
     agents: tuple[str, ...]
     task: str
-    body: bytes
+    body: Body
     #: The number that their replies must carry.
     attempt: int
     #: Seconds left until the hard end.
@@ -121,7 +121,7 @@ class SendFeedback:
     #: Sorted.
     agents: tuple[str, ...]
     task: str
-    truth: bytes
+    truth: Body
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class LearnTruth:
 
     request_id: int
     outcome: Outcome
-    truth: bytes
+    truth: Body
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class OfferLateReply:
     round: int
     task: str
     agent: str
-    body: bytes
+    body: Body
     #: Seconds from opening the round to receiving this.
     latency_s: float
     #: Seconds, as the agent says.

@@ -55,7 +55,7 @@ from quorate_coordinator.rounds.instructions import (
 )
 from quorate_coordinator.rounds.policy import ResolvedPolicy, RoundPolicy
 from quorate_coordinator.rounds.table import CLOSED, NEXT, Phase, Trigger
-from quorate_protocol.messages import RoundState, Status
+from quorate_protocol.fields import Body, RoundState, Status, inline_bytes
 
 #: The events that concern one round.
 RoundEvent = (
@@ -116,7 +116,7 @@ class Round:
         self._policy: Final[ResolvedPolicy] = request.policy.resolve(len(request.selected) + len(request.away))
         self._is_streamed: Final = request.is_streamed
         #: Kept while the round is in flight, for agents that return.
-        self._body = request.body
+        self._body: Body = request.body
         #: Sorted. The same tuple where it can be: many rounds share few.
         selected = request.selected
         self._selected: Final = tuple(sorted(selected + request.away if request.away else selected))
@@ -167,8 +167,13 @@ class Round:
 
     @property
     def body_bytes(self) -> int:
-        """Bytes of the question that it keeps."""
-        return len(self._body)
+        """Bytes of the question that it keeps; a reference takes none."""
+        return inline_bytes(self._body)
+
+    def awaits(self, agent: str, attempt: int | None) -> bool:
+        """Whether a reply of an agent to this attempt, or to any, would count."""
+        is_asked = agent in self._working and agent in self._owing
+        return is_asked and attempt in (None, self._attempts.get(agent, 1))
 
     def is_working(self, agent: str) -> bool:
         """Whether an agent's part has not ended."""

@@ -6,7 +6,7 @@
 from enum import StrEnum
 from typing import Final, Literal, NamedTuple, get_args
 
-from quorate_protocol.messages import RoundState
+from quorate_protocol.fields import RoundState
 
 #: Where a round stands: in flight (`open`, `grace`), or closed, in which of the six ways.
 Phase = Literal["open", "grace"] | RoundState

@@ -219,7 +219,7 @@ class QuicConnection(Connection):
         """Raises what ended the connection, if it is over."""
         if self._close_error is not None:
             # Without the traces of whoever was told before: they would pile up, and keep their frames.
-            raise self._close_error.with_traceback(None)
+            raise self._close_error.again()
 
     async def wait_established(self) -> None:
         """Returns when the handshake is complete.

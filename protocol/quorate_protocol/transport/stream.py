@@ -93,11 +93,11 @@ class QuicSendStream(SendStream):
                 self._sending_midway = at + _SLICE_BYTES < len(payload)
                 if self._send_error is not None:
                     # The write itself may have met with the end of the connection.
-                    raise self._send_error.with_traceback(None)
+                    raise self._send_error.again()
             if connection.is_write_full(self):
                 await self._wait_for_room()
                 if self._send_error is not None:
-                    raise self._send_error.with_traceback(None)
+                    raise self._send_error.again()
         finally:
             self._sending = self._sending_midway = False
             part = b""
@@ -124,7 +124,7 @@ class QuicSendStream(SendStream):
         if self._send_error is not None and (
             self.unsent_bytes > left_bytes or isinstance(self._send_error, StoppedByPeer)
         ):
-            raise self._send_error.with_traceback(None)
+            raise self._send_error.again()
 
     async def finish(self) -> None:
         if self._send_ended or self._send_error is not None:
@@ -149,7 +149,7 @@ class QuicSendStream(SendStream):
 
     def _check_can_send(self) -> None:
         if self._send_error is not None:
-            raise self._send_error.with_traceback(None)
+            raise self._send_error.again()
         if self._send_ended:
             raise RuntimeError(f"stream {self.id} was finished or reset: nothing can be sent on it any more")
         self._connection.check_open()
@@ -209,7 +209,7 @@ class QuicReceiveStream(ReceiveStream):
             if self._receive_ended:
                 return b""
             if self._receive_error is not None:
-                raise self._receive_error.with_traceback(None)
+                raise self._receive_error.again()
             if self._receive_waiter is not None:
                 raise RuntimeError(f"stream {self.id}: two tasks receive at once")
             self._receive_waiter = asyncio.get_running_loop().create_future()

@@ -1,0 +1,276 @@
+"""The large bodies of one agent's session: those on their way to it, and those that its replies refer to.
+
+Each is on a stream of its own and waits for nobody else's. A body that a link did not deliver is sent again over the
+next one: a question by the rounds, a truth from here, an answer by the agent.
+"""
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from quorate_protocol.blobs import Blob, BlobStore
+from quorate_protocol.bulk import BulkInbox, patience_s, send_blob
+from quorate_protocol.errors import (
+    BodyDigestWrong,
+    BodyNotReceived,
+    BodyTooLarge,
+    BodyTruncated,
+    Code,
+    ConnectionClosed,
+    LinkError,
+    QuorateError,
+    SpoolFull,
+    StoppedByPeer,
+    StreamError,
+)
+from quorate_protocol.fields import BodyRef
+from quorate_protocol.limits import BODY_BYTES_MAX
+from quorate_protocol.messages import Bulk, Reply
+from quorate_protocol.transport import ReceiveStream
+
+if TYPE_CHECKING:
+    from quorate_coordinator.links import AgentLink
+
+log = structlog.get_logger()
+
+#: Why a body may not be taken; the values of the metric's label.
+REFUSALS: Final = (
+    "too-large",
+    "truncated",
+    "wrong-digest",
+    "not-received",
+    "given-up",
+    "unreferenced",
+    "spool-full",
+    "disk",
+)
+
+#: Truths of one session that may wait to be delivered, the oldest are given up beyond it: as many as its rounds in
+#: flight would be by default.
+_FEEDBACK_MAX: Final = 64
+
+
+#: What an operator is told of our own trouble; the log says more.
+_OUR_TROUBLE: Final = {
+    "spool-full": "the coordinator has no room for a body of {size} bytes now",
+    "disk": "the coordinator cannot keep a body of {size} bytes now",
+}
+
+
+def explain_refusal(error: QuorateError, ref: BodyRef) -> str:
+    """Why a body was not taken, for the operator."""
+    return _OUR_TROUBLE.get(refusal_of(error), str(error)).format(size=ref.size)
+
+
+def refusal_of(error: QuorateError) -> str:
+    """Why a body was not taken, one of `REFUSALS`."""
+    match error:
+        case BodyTooLarge():
+            return "too-large"
+        case BodyTruncated():
+            return "truncated"
+        case BodyDigestWrong():
+            return "wrong-digest"
+        case BodyNotReceived():
+            return "not-received"
+        case SpoolFull():
+            return "spool-full"
+        case StreamError():
+            return "given-up"
+        case _:
+            return "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class BodyDesk:
+    """What all sessions share."""
+
+    store: BlobStore
+    #: Counted on, by reason, one of `REFUSALS`.
+    refused_total: Counter[str]
+    #: Takes a reply, with its agent.
+    on_reply: Callable[[str, Reply], None]
+    #: Seconds for which a round would take a reply of an agent to this attempt, or to any; 0 when it would not.
+    awaits_s: Callable[[str, int, int | None], float]
+
+
+class AgentBodies:
+    """See the module."""
+
+    __slots__ = ("_agent", "_claimed", "_desk", "_feedback", "_replies", "_sending")
+
+    def __init__(self, agent: str, desk: BodyDesk) -> None:
+        self._agent = agent
+        self._desk = desk
+        #: By round, tasks that send its question, and over which link; under 0 those that send truths.
+        self._sending: dict[int, dict[asyncio.Task[None], AgentLink]] = {}
+        #: By round, the task that waits for the reply's body.
+        self._replies: dict[int, asyncio.Task[None]] = {}
+        #: Those of them whose task has begun, and so claimed its body.
+        self._claimed: set[int] = set()
+        #: Truths that have not been delivered.
+        self._feedback: OrderedDict[int, tuple[Blob, Bulk]] = OrderedDict()
+
+    # --- to the agent ---
+
+    def send(self, link: "AgentLink | None", blob: Blob, header: Bulk) -> None:
+        """Sends the body of an assignment or a feedback, whose frame goes before; a truth waits for the next link."""
+        if header.of == "feedback":
+            self._feedback[header.round] = (blob, header)
+            while len(self._feedback) > _FEEDBACK_MAX:
+                self._feedback.popitem(last=False)
+        if link is not None and not link.connection.is_closed:
+            self._begin(link, blob, header)
+
+    def resume(self, link: "AgentLink") -> None:
+        """The session goes on over another link: sends the truths that the one before has not delivered."""
+        for blob, header in list(self._feedback.values()):
+            self._begin(link, blob, header)
+
+    def _begin(self, link: "AgentLink", blob: Blob, header: Bulk) -> None:
+        place = 0 if header.of == "feedback" else header.round
+        task = asyncio.create_task(self._send(link, blob, header), name=f"body of round {header.round}")
+        self._sending.setdefault(place, {})[task] = link
+        task.add_done_callback(lambda done: self._sent(place, done))
+
+    async def _send(self, link: "AgentLink", blob: Blob, header: Bulk) -> None:
+        try:
+            await link.has_opened.wait()
+            async with asyncio.timeout(patience_s(header.ref)):
+                await send_blob(link.connection, blob, header)
+        except StoppedByPeer as error:
+            # It has it, does not want it, or has no room; its reply says what is to be known of that.
+            log.debug("body_not_wanted", agent=self._agent, round=header.round, reason=str(error))
+        except QuorateError as error:
+            log.debug("body_not_delivered", agent=self._agent, round=header.round, reason=str(error))
+            return
+        except TimeoutError:
+            log.warning("body_not_taken", agent=self._agent, round=header.round)
+        except OSError as error:
+            log.error("body_not_read", agent=self._agent, round=header.round, problem=str(error))
+        if header.of == "feedback" and self._feedback.get(header.round, (None,))[0] is blob:
+            del self._feedback[header.round]
+
+    def _sent(self, place: int, task: asyncio.Task[None]) -> None:
+        tasks = self._sending.get(place)
+        if tasks is not None:
+            tasks.pop(task, None)
+            if not tasks:
+                del self._sending[place]
+
+    # --- of the agent ---
+
+    def take_stream(self, link: "AgentLink", stream: ReceiveStream, header: Bulk) -> None:
+        """A body comes over a link."""
+        self._inbox_of(link).take(stream, header)
+
+    def take_reply(self, link: "AgentLink", reply: Reply) -> None:
+        """Hands a reply on when its body is there; at once, as failed, when nobody waits for it any more."""
+        ref = reply.bulk
+        assert ref is not None
+        inbox = self._inbox_of(link)
+        if reply.round in self._replies:
+            # The same once more; the one that came over the link before is still being read, say.
+            inbox.drop(ref)
+            return
+        left_s = self._desk.awaits_s(self._agent, reply.round, reply.attempt)
+        if not left_s:
+            inbox.drop(ref)
+            self._fail(reply, "its answer was not awaited any more")
+            return
+        task = asyncio.create_task(self._receive(inbox, reply, left_s), name=f"answer of {self._agent}")
+        self._replies[reply.round] = task
+        task.add_done_callback(lambda done: self._received(reply.round, done))
+
+    async def _receive(self, inbox: BulkInbox, reply: Reply, left_s: float) -> None:
+        ref = reply.bulk
+        assert ref is not None
+        self._claimed.add(reply.round)
+        if ref.size > self._desk.store.size_bytes_max:
+            error: QuorateError = BodyTooLarge(ref.size, self._desk.store.size_bytes_max)
+        else:
+            try:
+                blob = await inbox.get(ref, left_s)
+            except LinkError as broken:
+                # It is sent again, when the session goes on.
+                log.debug("answer_cut_off", agent=self._agent, round=reply.round, reason=str(broken))
+                return
+            except QuorateError as failed:
+                error = failed
+            else:
+                update = (
+                    {"body": bytes(blob.view()), "bulk": None}
+                    if ref.size <= BODY_BYTES_MAX
+                    else {"bulk": ref.with_content(blob)}
+                )
+                self._desk.on_reply(self._agent, reply.model_copy(update=update))
+                return
+        self._desk.refused_total[refusal_of(error)] += 1
+        log.warning("answer_refused", agent=self._agent, round=reply.round, reason=str(error))
+        self._fail(reply, f"its answer was not taken: {explain_refusal(error, ref)}")
+
+    def _fail(self, reply: Reply, text: str) -> None:
+        failed = reply.model_copy(update={"status": "failed", "bulk": None, "error": text})
+        self._desk.on_reply(self._agent, failed)
+
+    def _received(self, round_id: int, task: asyncio.Task[None]) -> None:
+        if self._replies.get(round_id) is task:
+            del self._replies[round_id]
+            self._claimed.discard(round_id)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("answer_not_handed_on", agent=self._agent, round=round_id, exc_info=error)
+
+    def _inbox_of(self, link: "AgentLink") -> BulkInbox:
+        if link.inbox is None:
+            link.inbox = BulkInbox(
+                self._desk.store,
+                is_wanted=self._is_wanted,
+                on_unclaimed=lambda ref: self._desk.refused_total.update(("unreferenced",)),
+            )
+        return link.inbox
+
+    def _is_wanted(self, header: Bulk) -> bool:
+        return (
+            header.of == "reply"
+            and header.size <= self._desk.store.size_bytes_max
+            and header.round not in self._claimed
+            and self._desk.awaits_s(self._agent, header.round, None) > 0
+        )
+
+    # --- the end ---
+
+    def stop(self, round_id: int) -> None:
+        """The round is over for the agent: what is on its way in either direction is given up."""
+        for task in self._sending.pop(round_id, ()):
+            task.cancel()
+        self._claimed.discard(round_id)
+        receiving = self._replies.pop(round_id, None)
+        if receiving is not None:
+            receiving.cancel()
+
+    async def settle(self, timeout_s: float) -> None:
+        """Waits until the answers that have come are handed on."""
+        if self._replies:
+            await asyncio.wait(list(self._replies.values()), timeout=timeout_s)
+
+    async def end_link(self, link: "AgentLink", timeout_s: float) -> None:
+        """A link is over. What had come over it is read to its end, and for longer where the disk is slow."""
+        for tasks in self._sending.values():
+            for task, over in tasks.items():
+                if over is link:
+                    task.cancel()
+        if link.inbox is not None:
+            link.inbox.end(ConnectionClosed(Code.NO_ERROR, "the link is over"))
+            await self.settle(timeout_s)
+            if not self._replies:
+                link.inbox.close()
+
+    def close(self) -> None:
+        """The session is over."""
+        self._feedback.clear()
+        for round_id in [*self._sending, *self._replies]:
+            self.stop(round_id)
