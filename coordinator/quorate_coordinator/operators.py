@@ -55,8 +55,9 @@ from quorate_protocol.transport import BiStream, Connection, Priority
 
 log = structlog.get_logger()
 
-#: How long an operator may take to acknowledge an answer, in seconds. Its stream is given up then.
-_ACKNOWLEDGE_TIMEOUT_S: Final = 5.0
+#: How long an operator may take to acknowledge an answer, in seconds. Its stream is given up then: longer than a
+#: connection lives without a word, so that an answer outlasts every break that its connection does.
+_ACKNOWLEDGE_TIMEOUT_S: Final = 35.0
 
 #: Calls of one operator that may be under way; one more is refused as busy. As many as the transport lets
 #: a peer have open at first.

@@ -194,6 +194,7 @@ async def test_retried_over_a_coordinator_that_is_killed(tmp_path: Path, monkeyp
             arguments = ("ask", "echo", "7", "--quorum", "100%", "--stream", "--retry", "60s")
             async with running(*arguments, **restarting.environ) as asking:
                 await until(lambda: '"a"' in asking.out_so_far and gated.running == 1, patience_s=PATIENCE_S)
+                await until(lambda: records_in(restarting.journal))
                 await restarting.kill()
                 await until(lambda: not gated.running or asking.process.returncode is None)
                 gated.gate.set()

@@ -105,6 +105,7 @@ async def test_killed_in_mid_round_it_is_interrupted_and_asked_anew(restarting: 
             asking = asyncio.create_task(client.ask("echo", 1, quorum=1.0, key="k"))
             plain = asyncio.create_task(client.ask("echo", 2, quorum=1.0))
             await until(lambda: gated.running == 2)
+            await until(lambda: len(records_in(restarting.journal)) >= 2)
             await restarting.kill()
             for call in (asking, plain):
                 with pytest.raises(ConnectionClosed):

@@ -146,6 +146,7 @@ OVER_THE_WALL: dict[str, tuple[str, ...]] = {
         "quorate_agent.events",
         "quorate_agent.backlog",
         "quorate_agent.backoff",
+        "quorate_agent.states",
     ),
 }
 

@@ -45,7 +45,7 @@ _RETRY_S: Final = 0.5
 _RETRY_S_MAX: Final = 5.0
 
 #: Seconds that a record which nobody waits for may be held back.
-_HELD_S: Final = 0.05
+_HELD_S: Final = 0.01
 
 #: The newest, and one to fall back on.
 _CHECKPOINTS_KEPT: Final = 2

@@ -263,12 +263,14 @@ class AgentProcess:
             return
         match message:
             case Assignment():
+                assert message.body is not None, "what is asked here is small"
                 self._apply(
                     ev.AssignmentReceived(
                         message.round, message.task, message.body, message.deadline_s, message.attempt
                     )
                 )
             case Feedback():
+                assert message.truth is not None, "and so is the truth"
                 self._apply(ev.FeedbackReceived(message.round, message.task, message.truth))
             case Cancellation():
                 self._cancelled.add(message.round)
@@ -354,6 +356,7 @@ class AgentProcess:
                 raise AssertionError(f"the agent's core says {instruction}")
 
     def _send_reply(self, reply: ev.SendReply) -> None:
+        assert reply.body is None or isinstance(reply.body, bytes), "answers here are small"
         message = Reply(
             round=reply.round,
             attempt=reply.attempt,

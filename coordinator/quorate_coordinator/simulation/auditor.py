@@ -13,6 +13,7 @@ from typing import Final, NoReturn
 
 from quorate_coordinator.simulation.disk import SimDisk
 from quorate_coordinator.simulation.world import World
+from quorate_protocol.fields import Body
 
 #: Taken off before rounding a share of the selected up, as in `rounds.policy`: far above the error of the product.
 _ROUNDING: Final = 1e-9
@@ -69,7 +70,7 @@ class ClosedFacts:
     state: str
     quorum: int
     #: Agent, status, body.
-    results: tuple[tuple[str, str, bytes | None], ...]
+    results: tuple[tuple[str, str, Body | None], ...]
     duration_s: float
 
 
@@ -94,7 +95,7 @@ class Auditor:
         self._sessions: dict[str, str] = {}
         self._last_round = 0
         #: What each agent really answered, by round: (attempt, status, body).
-        self._replies: dict[int, dict[str, list[tuple[int, str, bytes | None]]]] = {}
+        self._replies: dict[int, dict[str, list[tuple[int, str, Body | None]]]] = {}
         #: (instance, round, attempt) that a handler ran for.
         self._handled: set[tuple[str, int, int]] = set()
         #: Outcomes that operators saw, by key: round, digest, number of the record.
@@ -291,7 +292,7 @@ class Auditor:
         self._handled.add(work)
         self.handlers += 1
 
-    def reply_made(self, agent: str, round_id: int, attempt: int, status: str, body: bytes | None) -> None:
+    def reply_made(self, agent: str, round_id: int, attempt: int, status: str, body: Body | None) -> None:
         """An agent's own word."""
         self._replies.setdefault(round_id, {}).setdefault(agent, []).append((attempt, status, body))
 

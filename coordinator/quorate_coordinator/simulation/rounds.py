@@ -302,6 +302,7 @@ class Rounds:
                 self._open(instruction)
             case ri.SendAssignment(round_id, agents, task, body, attempt, deadline_s):
                 self._auditor.assigned(round_id, agents, attempt)
+                assert isinstance(body, bytes), "what is asked here is small"
                 self.fleet.send(
                     agents,
                     Assignment(round=round_id, task=task, body=body, attempt=attempt, deadline_s=deadline_s),
@@ -313,6 +314,7 @@ class Rounds:
             case ri.CloseRound(outcome):
                 self._close(outcome)
             case ri.SendFeedback(round_id, agents, task, truth):
+                assert isinstance(truth, bytes), "and so is the truth"
                 self.fleet.send(agents, Feedback(round=round_id, task=task, truth=truth))
             case ri.LearnTruth(request_id, outcome, _):
                 self._auditor.truth_learned(outcome.round)
