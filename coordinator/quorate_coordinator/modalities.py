@@ -21,6 +21,11 @@ log = structlog.get_logger()
 #: Streams of their own that one agent may have open: a dozen sensors, each with a few streams.
 STREAMS_PER_AGENT_MAX: Final = 64
 
+#: Experiences of one agent that are taken in a second, in the long run, and at once: each is learned from and recorded.
+#: Who tells more is read more slowly, and its sending waits.
+EXPERIENCES_PER_S: Final = 200
+EXPERIENCES_AT_ONCE: Final = 400
+
 #: Topics that are counted one by one; agents name them, and the rest is counted as `other`.
 TOPICS_COUNTED_MAX: Final = 256
 
@@ -76,6 +81,8 @@ class Modalities:
         self._on_experience = on_experience
         self._consumers: dict[str, Consumer] = {}
         self._open: Counter[str] = Counter()
+        #: By agent with streams: until when its experiences have used up what it may tell, on the loop's clock.
+        self._told_until: dict[str, float] = {}
         #: By topic, totals since the start.
         self.streams_total: Counter[str] = Counter()
         self.bytes_total: Counter[str] = Counter()
@@ -115,6 +122,15 @@ class Modalities:
             self._open[agent] -= 1
             if not self._open[agent]:
                 del self._open[agent]
+                self._told_until.pop(agent, None)
+
+    async def _pace(self, agent: str) -> None:
+        """Waits until the agent may tell one more (a leaky bucket)."""
+        now = asyncio.get_running_loop().time()
+        until = max(now, self._told_until.get(agent, now)) + 1 / EXPERIENCES_PER_S
+        self._told_until[agent] = until
+        if until - now > EXPERIENCES_AT_ONCE / EXPERIENCES_PER_S:
+            await asyncio.sleep(until - now - EXPERIENCES_AT_ONCE / EXPERIENCES_PER_S)
 
     async def _consume(self, agent: str, header: Modality, topic: str, stream: ReceiveStream) -> None:
         consumer = self._consumers.get(header.topic)
@@ -136,6 +152,7 @@ class Modalities:
                 message = parse_message(raw)
                 if not isinstance(message, ExperienceTold):
                     raise UnexpectedMessage(message.wire_type, "on a telemetry stream")
+                await self._pace(agent)
                 self.experiences_total[topic] += 1
                 self._on_experience(Experience(agent, name, message.body))
             await asyncio.sleep(0)  # a stream that is always full must leave others their turn

@@ -223,6 +223,29 @@ async def test_the_learner_is_told_and_it_is_recorded(tmp_path: Any) -> None:
         assert recording.journal.last_seq == 3
 
 
+async def test_who_tells_too_much_is_read_more_slowly(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quorate_coordinator.modalities.EXPERIENCES_PER_S", 50)
+    monkeypatch.setattr("quorate_coordinator.modalities.EXPERIENCES_AT_ONCE", 5)
+    learner = Listening()
+    async with coordinating(tmp_path, learner=learner) as fleet:
+        agent = echo("a")
+        loop = asyncio.get_running_loop()
+        times: list[float] = []
+
+        @agent.background
+        async def tell(streams: OwnStreams) -> None:
+            times.append(loop.time())
+            for number in range(25):
+                await streams.tell("noise", number)
+
+        await fleet.join(agent)
+        await until(lambda: len(learner.told) == 25)
+        assert loop.time() - times[0] >= (25 - 5) / 50 - 0.05
+        # Others are served meanwhile and after.
+        operator = await fleet.operator()
+        assert (await operator.ask("echo", 1)).value == 1
+
+
 @pytest.mark.parametrize(
     ("reference", "problem"),
     [
