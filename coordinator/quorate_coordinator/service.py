@@ -133,44 +133,13 @@ class Coordinator:
         tls, self._token, development = _credentials(settings)
         if development is not None:
             self._client_tls = ClientTls(development.ca_file)
-        sessions = settings.sessions
-        store = _open_store(settings)
-        self._fleet = Fleet(
-            lease_s=sessions.lease_s,
-            pulse_s=sessions.pulse_s,
-            open_timeout_s=sessions.hello_timeout_s,
-            on_reply=lambda agent, reply: self._gatherer.reply_received(agent, reply),
-            on_reachable=lambda agent: self._gatherer.agent_reachable(agent),
-            on_lost=lambda agent, reason: self._gatherer.agent_lost(agent, reason),
-            serve_stream=self._serve_stream,
-            awaits_s=lambda agent, round_id, attempt: self._gatherer.awaits_s(agent, round_id, attempt),
-            store=store,
-            bodies_refused_total=self._bodies_refused_total,
-            handshakes_total=self._handshakes_total,
-            protocol_errors_total=self._protocol_errors_total,
-        )
-        numbers = RoundNumbers(settings.state_dir / "next-round")
-        # Reading a long journal takes a while: the loop has nothing else to do yet.
+        # Reading a long journal takes a while: the loop has nothing else to do yet. It is first, because its lock
+        # keeps a second coordinator out of the state directory.
         recording = self._recording = Recording.open(settings, self._make_learner, self._restore_learner)
-        recovered = None if recording is None else recording.recovered
-        self._gatherer = Gatherer(
-            self._fleet,
-            Ledger(self._make_learner()) if recovered is None else recovered.ledger,
-            recording,
-            shelf=BlobShelf(kept_bytes_max=settings.bodies.spool_bytes_max // _KEPT_SHARE),
-            policy=_policy(settings),
-            limits=BookLimits(
-                in_flight_max=settings.rounds.in_flight_max,
-                in_flight_per_agent_max=settings.rounds.in_flight_per_agent_max,
-                in_flight_per_operator_max=settings.rounds.in_flight_per_operator_max,
-                remembered_max=settings.rounds.remembered_max,
-            ),
-            numbers=numbers,
-            first_round=numbers.first if recovered is None else max(numbers.first, recovered.next_round),
-            first_seq=1 if recording is None else recording.first_seq,
-            checkpoint_rounds=settings.journal.checkpoint_rounds,
-            observe_duration=self.metrics.observe_duration,
-        )
+        store = _open_store(settings)
+        self._fleet = self._make_fleet(store)
+        self._gatherer = self._make_gatherer(recording)
+        self._operators = self._make_operators(store)
         if recording is not None:
             self._gatherer.recall(recording.recovered.awaiting, recording.recovered.replayed)
             recording.journal.start(
@@ -179,17 +148,6 @@ class Coordinator:
                 self._gatherer.recording_failed,
                 self._gatherer.recording_recovered,
             )
-        self._operators = Operators(
-            self._gatherer,
-            self.list_fleet,
-            self._drain_agent,
-            store=store,
-            bodies_refused_total=self._bodies_refused_total,
-            pulse_s=sessions.pulse_s,
-            lease_s=sessions.lease_s,
-            handshakes_total=self._handshakes_total,
-            protocol_errors_total=self._protocol_errors_total,
-        )
         try:
             self._server = await listen(settings.listen, tls=tls)
             if settings.http_address is not None:
@@ -225,6 +183,60 @@ class Coordinator:
             http=None if self._http.address is None else join_host_port(*self._http.address),
             state_dir=str(settings.state_dir),
             version=__version__,
+        )
+
+    def _make_fleet(self, store: BlobStore) -> Fleet:
+        sessions = self.settings.sessions
+        return Fleet(
+            lease_s=sessions.lease_s,
+            pulse_s=sessions.pulse_s,
+            open_timeout_s=sessions.hello_timeout_s,
+            on_reply=lambda agent, reply: self._gatherer.reply_received(agent, reply),
+            on_reachable=lambda agent: self._gatherer.agent_reachable(agent),
+            on_lost=lambda agent, reason: self._gatherer.agent_lost(agent, reason),
+            serve_stream=self._serve_stream,
+            awaits_s=lambda agent, round_id, attempt: self._gatherer.awaits_s(agent, round_id, attempt),
+            store=store,
+            bodies_refused_total=self._bodies_refused_total,
+            handshakes_total=self._handshakes_total,
+            protocol_errors_total=self._protocol_errors_total,
+        )
+
+    def _make_gatherer(self, recording: Recording | None) -> Gatherer:
+        settings = self.settings
+        numbers = RoundNumbers(settings.state_dir / "next-round")
+        recovered = None if recording is None else recording.recovered
+        return Gatherer(
+            self._fleet,
+            Ledger(self._make_learner()) if recovered is None else recovered.ledger,
+            recording,
+            shelf=BlobShelf(kept_bytes_max=settings.bodies.spool_bytes_max // _KEPT_SHARE),
+            policy=_policy(settings),
+            limits=BookLimits(
+                in_flight_max=settings.rounds.in_flight_max,
+                in_flight_per_agent_max=settings.rounds.in_flight_per_agent_max,
+                in_flight_per_operator_max=settings.rounds.in_flight_per_operator_max,
+                remembered_max=settings.rounds.remembered_max,
+            ),
+            numbers=numbers,
+            first_round=numbers.first if recovered is None else max(numbers.first, recovered.next_round),
+            first_seq=1 if recording is None else recording.first_seq,
+            checkpoint_rounds=settings.journal.checkpoint_rounds,
+            observe_duration=self.metrics.observe_duration,
+        )
+
+    def _make_operators(self, store: BlobStore) -> Operators:
+        sessions = self.settings.sessions
+        return Operators(
+            self._gatherer,
+            self.list_fleet,
+            self._drain_agent,
+            store=store,
+            bodies_refused_total=self._bodies_refused_total,
+            pulse_s=sessions.pulse_s,
+            lease_s=sessions.lease_s,
+            handshakes_total=self._handshakes_total,
+            protocol_errors_total=self._protocol_errors_total,
         )
 
     async def drain(self, timeout_s: float | None = None) -> bool:
