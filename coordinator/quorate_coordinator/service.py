@@ -136,19 +136,19 @@ class Coordinator:
         # Reading a long journal takes a while: the loop has nothing else to do yet. It is first, because its lock
         # keeps a second coordinator out of the state directory.
         recording = self._recording = Recording.open(settings, self._make_learner, self._restore_learner)
-        store = _open_store(settings)
-        self._fleet = self._make_fleet(store)
-        self._gatherer = self._make_gatherer(recording)
-        self._operators = self._make_operators(store)
-        if recording is not None:
-            self._gatherer.recall(recording.recovered.awaiting, recording.recovered.replayed)
-            recording.journal.start(
-                asyncio.get_running_loop(),
-                self._gatherer.committed,
-                self._gatherer.recording_failed,
-                self._gatherer.recording_recovered,
-            )
         try:
+            store = _open_store(settings)
+            self._fleet = self._make_fleet(store)
+            self._gatherer = self._make_gatherer(recording)
+            self._operators = self._make_operators(store)
+            if recording is not None:
+                self._gatherer.recall(recording.recovered.awaiting, recording.recovered.replayed)
+                recording.journal.start(
+                    asyncio.get_running_loop(),
+                    self._gatherer.committed,
+                    self._gatherer.recording_failed,
+                    self._gatherer.recording_recovered,
+                )
             self._server = await listen(settings.listen, tls=tls)
             if settings.http_address is not None:
                 await self._http.start(*settings.http_address)
