@@ -332,6 +332,7 @@ async def _follow(
             if telling.done():
                 telling.result()
         outcome = await asyncio.shield(asking.outcome)
+        _skip_parts(told)
         told.put_nowait(None)
         await telling
         return outcome
@@ -346,6 +347,14 @@ async def _follow(
         await asyncio.wait((telling,))
         if not telling.cancelled():
             telling.exception()
+
+
+def _skip_parts(told: "asyncio.Queue[Opened | Part | None]") -> None:
+    """Leaves out what a slow reader has not got to. The outcome has it again, and no round's bound holds it now."""
+    waiting = [told.get_nowait() for _ in range(told.qsize())]
+    for message in waiting:
+        if isinstance(message, Opened):
+            told.put_nowait(message)
 
 
 def _check_not_withdrawn(watching: "asyncio.Future[Message | None]") -> None:
