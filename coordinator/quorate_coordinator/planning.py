@@ -45,8 +45,10 @@ class Planner:
         """The request for a round.
 
         Raises:
-            CallFailed: `no-agents` or `busy`.
+            CallFailed: `no-agents` or `busy`; `bad-request` for a quorum that no number of agents can meet.
         """
+        if ask.count is not None and ask.quorum is not None and ask.quorum > ask.count:
+            raise CallFailed("bad-request", f"quorum: {ask.quorum} is over the {ask.count} that are asked at most")
         if not candidates.reachable and not candidates.away:
             such = f" with labels {', '.join(f'{k}={v}' for k, v in ask.labels.items())}" if ask.labels else ""
             raise CallFailed("no-agents", f"no connected agent{such} does the task {ask.task!r}", retry=True)

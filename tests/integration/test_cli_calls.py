@@ -225,14 +225,14 @@ async def test_retries_have_an_end_and_what_will_not_pass_is_not_retried(fleet: 
     await fleet.join(echo("a"))
     nobody, wrong = await asyncio.gather(
         run(fleet, "ask", "paint", "1", "--retry", "400ms"),
-        run(fleet, "ask", "echo", "1", "--quorum", "9", "--retry", "60s"),
+        run(fleet, "ask", "echo", "1", "--quorum", "9", "--count", "3", "--retry", "60s"),
     )
     assert nobody.code == 6
     assert nobody.err.splitlines() == [
         "quorate: no connected agent does the task 'paint' (no-agents); asking again in 0.25 s",
         "quorate: no connected agent does the task 'paint' (no-agents)",
     ]
-    assert (wrong.code, wrong.line) == (6, "quorate: quorum: 9 is over the 1 selected (bad-request)")
+    assert (wrong.code, wrong.line) == (6, "quorate: quorum: 9 is over the 3 that are asked at most (bad-request)")
 
 
 # --- drain ---------------------------------------------------------------------------------------

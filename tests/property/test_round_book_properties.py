@@ -349,7 +349,8 @@ class RoundBookMachine(RuleBasedStateMachine):
         if isinstance(event, RoundRequested):
             rejected = [one for one in instructions if isinstance(one, RejectRequest)]
             assert [one.reason for one in rejected] == ([] if expected.rejected is None else [expected.rejected])
-            assert [one.retry for one in rejected] == [one.reason != "bad-request" for one in rejected]
+            # More agents than are there may come; what contradicts itself stays so.
+            assert all(one.retry == (one.reason != "bad-request" or " is over the " in one.message) for one in rejected)
             assert all(one.request_id == 5 and one.message for one in rejected)
         assert sum(isinstance(one, NoteStray) for one in instructions) == expected.is_stray
 
@@ -401,7 +402,8 @@ class RoundBookMachine(RuleBasedStateMachine):
             case OfferLateReply(number, _, agent, body):
                 assert isinstance(event, ReplyReceived)
                 assert (number, agent, body) == (event.round, event.agent, event.body)
-                assert later == []
+                # It may come in the very moment in which the last round of a drain is due.
+                assert later in ([], [AnnounceDrained()])
             case AnnounceDrained():
                 self.drained += 1
                 assert later == []

@@ -10,10 +10,11 @@ from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.planning import Candidates, Planner
 from quorate_coordinator.rounds.book import BookLimits, RoundBook
 from quorate_coordinator.rounds.events import RoundRequested
+from quorate_coordinator.rounds.instructions import RejectRequest
 from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_protocol.errors import CallFailed
 from quorate_protocol.messages import Ask
-from sansio.round_making import make_policy, make_request
+from sansio.round_making import make_policy, make_request, only
 
 POLICY = RoundPolicy(deadline_s=10.0, grace_s=1.0, quorum_fraction=0.5, attempts=2)
 
@@ -123,3 +124,17 @@ def test_where_all_are_away_the_learner_is_not_asked() -> None:
 
     request = Planned(Unasked()).plan(away=("x", "y"), count=1)
     assert (request.selected, request.away, request.policy) == ((), ("x",), POLICY)
+
+
+def test_a_quorum_over_those_who_are_asked_at_most_is_refused_for_good() -> None:
+    with pytest.raises(CallFailed, match="quorum: 3 is over the 2 that are asked at most") as caught:
+        Planned().plan("a", "b", "c", count=2, quorum=3)
+    assert (caught.value.reason, caught.value.retry) == ("bad-request", False)
+
+
+def test_a_quorum_over_those_who_are_there_may_be_met_later() -> None:
+    planned = Planned()
+    rejected = only(RejectRequest, planned.book.handle(planned.plan("a", quorum=2), 0.0))
+    assert rejected == RejectRequest(5, "bad-request", "quorum: 2 is over the 1 selected", True)
+    wrong = only(RejectRequest, planned.book.handle(planned.plan("a", grace_s=11.0), 0.0))
+    assert (wrong.reason, wrong.retry) == ("bad-request", False)

@@ -58,7 +58,7 @@ def rejection(instructions: list[Instruction]) -> tuple[str, bool]:
 def test_rounds_are_numbered_from_one_without_gaps_for_rejected_requests() -> None:
     book = RoundBook()
     assert only(SendAssignment, book.handle(make_request(), 0.0)).round == 1
-    assert rejection(book.handle(make_request(policy=make_policy(9)), 0.0)) == ("bad-request", False)
+    assert rejection(book.handle(make_request(policy=make_policy(9)), 0.0)) == ("bad-request", True)
     assert only(SendAssignment, book.handle(make_request(), 0.0)).round == 2
     assert only(OpenRound, book.handle(make_request((), make_policy(1), away=("z",)), 0.0)).round == 3
     assert only(SendAssignment, book.handle(make_request(), 0.0)).round == 4

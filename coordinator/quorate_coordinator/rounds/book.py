@@ -46,7 +46,7 @@ from quorate_coordinator.rounds.instructions import (
     RejectRequest,
     StrayKind,
 )
-from quorate_coordinator.rounds.policy import NobodySelected, PolicyConflict
+from quorate_coordinator.rounds.policy import NobodySelected, PolicyConflict, TooFewSelected
 from quorate_coordinator.rounds.round import Round, RoundEvent
 from quorate_coordinator.rounds.shelf import Shelf
 from quorate_coordinator.timers import Timers
@@ -227,7 +227,7 @@ class RoundBook:
         except NobodySelected:
             return [_reject(event, "no-agents", f"no agent can be asked to {event.task}", retry=True)]
         except PolicyConflict as conflict:
-            return [_reject(event, "bad-request", str(conflict), retry=False)]
+            return [_reject(event, "bad-request", str(conflict), retry=isinstance(conflict, TooFewSelected))]
         if (busy := self._explain_busy(event)) is not None:
             return [_reject(event, "busy", busy, retry=True)]
         self._last_id = round_.id

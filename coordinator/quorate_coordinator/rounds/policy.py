@@ -32,6 +32,13 @@ class NobodySelected(PolicyConflict):
         super().__init__("selected", "no agent was selected")
 
 
+class TooFewSelected(PolicyConflict):
+    """The quorum is over the number selected: there may be more agents later, right after a restart above all."""
+
+    def __init__(self, quorum: int, selected_count: int) -> None:
+        super().__init__("quorum", f"{quorum} is over the {selected_count} selected")
+
+
 @dataclass(frozen=True, slots=True)
 class ResolvedPolicy:
     """A policy that fits the number of agents selected."""
@@ -121,7 +128,7 @@ class RoundPolicy:
             if self.quorum < 1:
                 raise PolicyConflict("quorum", f"{self.quorum} is less than one reply")
             if self.quorum > selected_count:
-                raise PolicyConflict("quorum", f"{self.quorum} is over the {selected_count} selected")
+                raise TooFewSelected(self.quorum, selected_count)
             return self.quorum
         if self.quorum_fraction is None:
             raise PolicyConflict("quorum", "given neither as a count nor as a fraction")
