@@ -96,6 +96,8 @@ class Auditor:
         self._last_round = 0
         #: What each agent really answered, by round: (attempt, status, body).
         self._replies: dict[int, dict[str, list[tuple[int, str, Body | None]]]] = {}
+        #: By session: round and attempt of what its agent has finished in it, in this order.
+        self._finished: dict[str, list[tuple[int, int]]] = {}
         #: (instance, round, attempt) that a handler ran for.
         self._handled: set[tuple[str, int, int]] = set()
         #: Outcomes that operators saw, by key: round, digest, number of the record.
@@ -295,6 +297,35 @@ class Auditor:
     def reply_made(self, agent: str, round_id: int, attempt: int, status: str, body: Body | None) -> None:
         """An agent's own word."""
         self._replies.setdefault(round_id, {}).setdefault(agent, []).append((attempt, status, body))
+
+    def reply_finished(self, session: str, round_id: int, attempt: int) -> None:
+        """An agent is done with an assignment, with a link or without; it may say so again."""
+        finished = self._finished.setdefault(session, [])
+        if (round_id, attempt) not in finished:
+            finished.append((round_id, attempt))
+
+    def session_resumed(self, agent: str, session: str, received: int, sent: list[tuple[int, int]]) -> None:
+        """An agent goes on with its session over another link, and has sent these replies at once."""
+        wanted = self._finished.get(session, [])[received:]
+        if sent != wanted:
+            message = f"{agent} resumes {session}, of which {received} replies came, with {sent} and not {wanted}"
+            self.fail("no finished reply is lost", message, agent=agent)
+
+    def reply_came(self, agent: str, session: str, number: int, round_id: int, attempt: int) -> None:
+        """The coordinator counts a reply as the session's one of this number, from 1."""
+        finished = self._finished.get(session, [])
+        if finished[number - 1 : number] != [(round_id, attempt)]:
+            message = (
+                f"reply {number} of {session} is to {round_id}, {attempt}, and not {finished[number - 1 : number]}"
+            )
+            self.fail("no finished reply is lost", message, agent=agent, round=round_id)
+
+    def replies_at_rest(self, agent: str, session: str, received: int) -> None:
+        """All is quiet: what an agent has finished has come."""
+        finished = self._finished.get(session, [])
+        if len(finished) != received:
+            message = f"{received} replies of {session} came, and {len(finished)} were finished"
+            self.fail("no finished reply is lost", message, agent=agent)
 
     def agent_expired(self, agent: str, heard_at: float, lease_s: float) -> None:
         """The registry says that an agent's lease is over."""

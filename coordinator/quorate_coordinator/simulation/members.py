@@ -9,7 +9,7 @@ from quorate_coordinator import membership as ms
 from quorate_coordinator.links import FrameLog
 from quorate_coordinator.registry import Registry
 from quorate_coordinator.simulation.auditor import Auditor
-from quorate_coordinator.simulation.network import Link, Sent, StreamEnded, StreamName
+from quorate_coordinator.simulation.network import Doubled, Link, Sent, StreamEnded, StreamName
 from quorate_coordinator.simulation.process import Process
 from quorate_protocol.messages import (
     Assignment,
@@ -151,7 +151,12 @@ class Members:
                 member = self._members.get(name)
                 if member is not None and member.link is link:
                     member.received += 1
+                    self._auditor.reply_came(name, member.name, member.received, message.round, message.attempt)
                     self._on_reply(name, message)
+            case Doubled():
+                member = self._members.get(name)
+                if member is not None and member.link is link:
+                    self._on_reply(name, message.reply)
             case Hello():
                 self._greet(link, message)
             case CoordinationOpened():
@@ -386,6 +391,11 @@ class Members:
                 self._auditor.fail("members can be asked", f"the registry selects others for {task} than it has")
         if askable:
             self._auditor.fail("members can be asked", f"nobody is selected for {sorted(askable)}")
+
+    def audit_replies(self) -> None:
+        """When all is quiet: what was finished in the sessions that stand has come."""
+        for member in self._members.values():
+            self._auditor.replies_at_rest(member.agent, member.name, member.received)
 
     def is_member(self, agent: str) -> bool:
         """Whether an agent has a session."""

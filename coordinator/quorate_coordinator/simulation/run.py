@@ -199,6 +199,7 @@ class Simulation:
             fail("all comes to rest", f"at the end there are {rest}")
         if self.operators.waiting:
             fail("every call is answered", f"{', '.join(self.operators.waiting[:5])} still wait")
+        current.members.audit_replies()
         missing = current.members.missing(host.name for host in self.hosts)
         if missing:
             message = f"{len(missing)} agents are not connected {QUIET_S:g} s after the last fault, {missing[0]} first"
