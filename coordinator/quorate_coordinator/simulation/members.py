@@ -383,6 +383,10 @@ class Members:
             if member.state != "draining":
                 for task in member.tasks:
                     askable.setdefault(task, (set(), set()))[not member.has_link].add(member.agent)
+        for session in self._members.values():
+            if len(session.log) > _LOG_FRAMES_MAX or session.log.size_bytes > _LOG_BYTES_MAX:
+                message = f"{len(session.log)} frames of {session.log.size_bytes} bytes are kept for {session.agent}"
+                self._auditor.fail("queues are bounded", message, agent=session.agent)
         if live:
             self._auditor.fail("the registry counts right", f"{counts} counted, {live} more than there are")
         for task in self.registry.tasks():
