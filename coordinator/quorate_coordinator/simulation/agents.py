@@ -263,6 +263,8 @@ class AgentProcess:
         """What the coordinator says."""
         if link is not self.link:
             return
+        if isinstance(message, Cancellation | Feedback):
+            self.host.auditor.frame_came(self.name, self._session, message.wire_type, message.round)
         match message:
             case Assignment():
                 assert message.body is not None, "what is asked here is small"

@@ -13,8 +13,10 @@ from quorate_coordinator.simulation.network import Doubled, Link, Sent, StreamEn
 from quorate_coordinator.simulation.process import Process
 from quorate_protocol.messages import (
     Assignment,
+    Cancellation,
     CoordinationOpened,
     Drain,
+    Feedback,
     Goodbye,
     Hello,
     Message,
@@ -118,6 +120,8 @@ class Members:
             member = self._members.get(agent)
             if member is None:
                 continue
+            if not is_assignment:
+                self._auditor.frame_sent(member.name, *_frame_of(message))
             link = member.link
             if link is None or (link.resumed_after is not None and not link.is_opened):
                 if not is_assignment:
@@ -243,6 +247,7 @@ class Members:
             frames, has_gap = member.log.resume(link.resumed_after)
             if has_gap:
                 self._world.note(f"{member.agent} misses frames that were not kept")
+                self._auditor.frames_dropped(member.name)
             for frame in frames:
                 assert isinstance(frame, Frame)
                 link.send_down("coordination", frame.message)
@@ -414,6 +419,12 @@ class Members:
         """The process is gone: its links are, without a word."""
         for link in list(self._open):
             link.abandon(agent=False)
+
+
+def _frame_of(message: Message) -> tuple[str, int]:
+    """What is sent beside assignments: its kind and its round."""
+    assert isinstance(message, Cancellation | Feedback)
+    return message.wire_type, message.round
 
 
 def _resume_of(hello: Hello) -> tuple[str, str] | None:
