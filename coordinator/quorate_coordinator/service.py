@@ -337,6 +337,11 @@ class Coordinator:
         """Whether rounds are taken."""
         return self._server is not None and not self._is_draining
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether records wait for the disk."""
+        return self._recording is not None and self._recording.journal.pending_records > 0
+
     async def _serve_stream(self, agent: str, header: Message, stream: ReceiveStream) -> None:
         if not isinstance(header, Modality | Telemetry):
             raise UnexpectedMessage(header.wire_type, "on a unidirectional stream")

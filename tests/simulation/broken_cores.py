@@ -112,6 +112,14 @@ class RunsTwice(AgentCore):
         return instructions
 
 
+class ForgetsWhileAway(AgentCore):
+    """Keeps no reply that is finished while there is no link."""
+
+    def _reply(self, reply: ev.SendReply, out: list[ev.Instruction]) -> None:
+        if self._is_linked:
+            super()._reply(reply, out)
+
+
 class NeverTheSame(VoteLearner):
     """Forgets its latencies when it is restored, so that a restart changes what it knows."""
 
@@ -140,6 +148,7 @@ BROKEN: dict[str, tuple[Cores, set[str]]] = {
         Cores(agent=RunsTwice),
         {"no assignment runs twice in a process", "handlers are bounded"},
     ),
+    "a reply is lost with its link": (Cores(agent=ForgetsWhileAway), {"no finished reply is lost"}),
     "a restart loses what was learned": (
         Cores(learner=_forgetful),
         {"the learner is a replay of its records"},

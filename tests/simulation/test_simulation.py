@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from quorate_coordinator.links import FrameLog
 from quorate_coordinator.simulation.coordinator import Cores
 from quorate_coordinator.simulation.plan import FAULT_KINDS, Plan
 from quorate_coordinator.simulation.planning import make_plan
@@ -141,3 +142,15 @@ def test_a_bug_is_found_and_its_plan_shortened(bug: str) -> None:
     assert again.violation == shorter.violation
     assert again.digest == shorter.digest
     assert simulate(shorter.plan).violation is None, "it is the bug, and not the plan"
+
+
+def test_what_is_not_sent_again_after_a_break_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    resume = FrameLog.resume
+
+    def forget(log: FrameLog, received: int) -> tuple[list[bytes], bool]:
+        return [], resume(log, received)[1]
+
+    monkeypatch.setattr(FrameLog, "resume", forget)
+    violation = find(Cores()).violation
+    assert violation is not None
+    assert violation.invariant == "what is kept comes once and in order"

@@ -148,6 +148,8 @@ OVER_THE_WALL: dict[str, tuple[str, ...]] = {
         "quorate_agent.backoff",
         "quorate_agent.states",
     ),
+    # And the same plans with the agent's shell, over the real engine.
+    "quorate_coordinator.quic_simulation": ("quorate_agent",),
 }
 
 
@@ -164,13 +166,17 @@ def test_the_walls_between_agent_and_coordinator() -> None:
     assert wrong == []
 
 
+#: With models of the shells, and with the shells.
+SIMULATIONS = ("quorate_coordinator.simulation", "quorate_coordinator.quic_simulation")
+
+
 def test_only_the_command_imports_the_simulation() -> None:
     """What runs in production must not come to need the simulation, and the agent's package with it."""
     wrong = [
         offence
         for module in modules()
-        if not is_within(module, "quorate_coordinator.simulation", "quorate_coordinator.cli.simulate_command")
-        for offence in offences(module, lambda found: is_within(found.target, "quorate_coordinator.simulation"))
+        if not is_within(module, *SIMULATIONS, "quorate_coordinator.cli.simulate_command")
+        for offence in offences(module, lambda found: is_within(found.target, *SIMULATIONS))
     ]
     assert wrong == []
 

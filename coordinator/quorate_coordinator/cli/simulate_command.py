@@ -1,8 +1,9 @@
 """`quorate simulate`: a fleet under virtual time, with every fault that we know."""
 
+import io
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,12 @@ def simulate(
     plan: Annotated[
         Path | None, typer.Option("--plan", metavar="FILE", help="Play this plan, as a run that failed has written it.")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="ENGINE", help="model: the cores in models of their shells; quic: all that is real, small fleets."
+        ),
+    ] = "model",
     json_output: common.JsonOption = False,
 ) -> None:
     """Run the cores of coordinator and agents under virtual time, and check what must hold after every event.
@@ -37,6 +44,9 @@ def simulate(
     Messages are lost, held up and doubled, agents and the coordinator crash, hang and stand still, the disk is full.
     The same seed gives the same run, byte for byte. A run that violates an invariant is shortened, its plan written to
     simulation-SEED.json, and the exit code is 1.
+
+    With --engine quic the same plan is played by real coordinators, workers and clients over QUIC in memory; what
+    happens then is not the same to the byte, and is not shortened.
     """
     common.require_extra("coordinator")
     from quorate_coordinator.bench.report import showing_progress
@@ -44,20 +54,27 @@ def simulate(
     from quorate_coordinator.simulation.run import Simulation
     from quorate_coordinator.simulation.shorten import shorten
 
+    if engine == "quic":
+        from quorate_protocol import logs
+
+        # What goes wrong here is meant to.
+        logs.configure("error", "json", stream=_Nowhere())
     totals = Totals()
     with common.errors_shown(), showing_progress("simulate") as progress:
-        for wanted in _plans(seed, agents, hours, faults, seeds, budget, plan):
+        for wanted in _plans(seed, agents, hours, faults, seeds, budget, plan, engine):
             title = f"seed {wanted.seed}"
 
             def show(what: float | str, title: str = title) -> None:
                 progress(f"{title}  {what:.0%}" if isinstance(what, float) else f"{title} shortened: {what}")
 
-            report = Simulation(wanted).run(show)
+            report = _play_quic(wanted, show) if engine == "quic" else Simulation(wanted).run(show)
             totals.add(report)
             if report.violation is not None:
-                typer.echo(f"seed {wanted.seed} fails; looking for a shorter run that does", err=True)
-                shorter = shorten(report, progress=show)
-                command = _keep(shorter.plan)
+                shorter = report
+                if engine == "model":
+                    typer.echo(f"seed {wanted.seed} fails; looking for a shorter run that does", err=True)
+                    shorter = shorten(report, progress=show)
+                command = _keep(shorter.plan, engine)
                 if json_output:
                     common.print_json(as_json(report, shorter, command))
                 else:
@@ -71,14 +88,33 @@ def simulate(
         typer.echo(totals.as_text())
 
 
-def _keep(plan: Any) -> str:
+class _Nowhere(io.StringIO):
+    """Keeps nothing of what is written."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def _play_quic(plan: Any, show: Callable[[float | str], None]) -> Any:
+    from quorate_coordinator.quic_simulation.run import simulate_quic
+
+    return simulate_quic(plan, show)
+
+
+def _keep(plan: Any, engine: str) -> str:
     """Writes the plan of a run that failed; the command that plays it, or why there is none."""
     file = Path(f"simulation-{plan.seed}.json")
     try:
         file.write_text(plan.to_json(), encoding="utf-8")
     except OSError as error:
         return f"its plan could not be written to {file}: {error.strerror}"
-    return f"quorate simulate --plan {file}"
+    return f"quorate simulate --plan {file}{'' if engine == 'model' else f' --engine {engine}'}"
+
+
+def _playable(plan: Any, kinds: Iterable[str]) -> Any:
+    from quorate_coordinator.quic_simulation.run import playable
+
+    return playable(plan, kinds)
 
 
 def _plans(
@@ -89,6 +125,7 @@ def _plans(
     seeds: int | None,
     budget: str | None,
     file: Path | None,
+    engine: str,
 ) -> Iterator[Any]:
     """The plans to play, one after the other.
 
@@ -98,13 +135,16 @@ def _plans(
     from quorate_coordinator.simulation.plan import Plan
     from quorate_coordinator.simulation.planning import make_plan, parse_kinds
 
+    if engine not in ("model", "quic"):
+        raise ConfigurationError("--engine", f"is model or quic, and not {engine!r}")
     if file is not None:
         if seed is not None or seeds is not None or budget is not None:
             raise ConfigurationError("--plan", "has its own seed: leave --seed, --seeds and --budget out")
         try:
-            yield Plan.from_json(file.read_text(encoding="utf-8"))
+            plan = Plan.from_json(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError("--plan", f"cannot read {file}: {error}") from None
+        yield plan if engine == "model" else _playable(plan, [fault.kind for fault in plan.faults])
         return
     if seeds is not None and budget is not None:
         raise ConfigurationError("--budget", "says when to stop; --seeds does, too: only one of them")
@@ -114,5 +154,6 @@ def _plans(
     ends_at = None if budget_s is None else time.monotonic() + budget_s
     number = 0
     while number < (seeds or 1) or (ends_at is not None and time.monotonic() < ends_at):
-        yield make_plan(first + number, agents=agents, hours=hours, kinds=kinds)
+        plan = make_plan(first + number, agents=agents, hours=hours, kinds=kinds)
+        yield plan if engine == "model" else _playable(plan, () if faults == "all" else kinds)
         number += 1

@@ -162,8 +162,10 @@ class AgentProcess:
         self._leaving: Link | None = None
         self._is_ending = False
         self._ended = ""
-        #: Handlers that run.
-        self._running: set[int] = set()
+        #: Handlers that run: the session, round and attempt whose reply they are to give; None with those of truths.
+        self._running: dict[int, tuple[str, int, int] | None] = {}
+        #: The session it is in, or would resume; empty when there is none.
+        self._session = ""
         #: Rounds that do not want a reply of this process any more.
         self._cancelled: set[int] = set()
         #: Rounds and attempts that it has answered.
@@ -179,8 +181,8 @@ class AgentProcess:
         #: Until when the session that has lost its link may be resumed, at the coordinator's latest.
         self._lease_s = 0.0
         self._lease_ends_at = 0.0
-        #: Replies sent over the present link.
-        self._sent = 0
+        #: Replies sent over the present link: round and attempt.
+        self._sent: list[tuple[int, int]] = []
 
     @property
     def is_idle(self) -> bool:
@@ -219,7 +221,7 @@ class AgentProcess:
             link.close_up("the agent ends", is_final=True)
         else:
             self.link = link
-            self._sent = 0
+            self._sent = []
             self._welcomed_at = None
             self._apply(ev.LinkUp())
             self.process.after(_JOIN_TIMEOUT_S, self._join_timed_out, link)
@@ -261,6 +263,8 @@ class AgentProcess:
         """What the coordinator says."""
         if link is not self.link:
             return
+        if isinstance(message, Cancellation | Feedback):
+            self.host.auditor.frame_came(self.name, self._session, message.wire_type, message.round)
         match message:
             case Assignment():
                 assert message.body is not None, "what is asked here is small"
@@ -279,7 +283,10 @@ class AgentProcess:
                 self._welcomed_at = self.host.world.now
                 self._lease_s = message.lease_s
                 link.joined(message.pulse_s, max(message.lease_s / 2, min(message.lease_s, 2 * message.pulse_s)))
+                self._session = message.session
                 self._apply(ev.WelcomeReceived(message.session, message.resumed, message.received, message.secret))
+                if message.resumed:
+                    self.host.auditor.session_resumed(self.name, message.session, message.received, [*self._sent])
             case Refusal():
                 self._apply(ev.RefusalReceived(message.reason, message.message, message.retry))
             case Drain():
@@ -310,6 +317,7 @@ class AgentProcess:
 
     def _drain_timed_out(self) -> None:
         if self._is_drain_timed:
+            self._session = ""  # left in what follows
             self._apply(ev.DrainTimedOut())
 
     def _execute(self, instruction: ev.Instruction) -> None:
@@ -371,19 +379,20 @@ class AgentProcess:
         if is_new and reply.round in self._cancelled:
             problem = f"{self.name} answers round {reply.round}, which it was told to stop"
             self.host.auditor.fail("who is told to stop does", problem, agent=self.name, round=reply.round)
+        self.host.auditor.reply_finished(self._session, reply.round, reply.attempt)
         self.host.auditor.reply_made(self.name, reply.round, reply.attempt, reply.status, reply.body)
         link = self.link
         if link is None:
             return
         arrives_at = link.send_up("coordination", message)
-        self._sent += 1
+        self._sent.append((reply.round, reply.attempt))
         if arrives_at is not None:
-            self.process.at(arrives_at + link.path.latency_s, self._acknowledged, link, self._sent)
+            self.process.at(arrives_at + link.path.latency_s, self._acknowledged, link, len(self._sent))
 
     def _acknowledged(self, link: Link, sent: int) -> None:
         """The coordinator's transport has so many replies of a link. The shell looks at each pulse."""
         is_read = link.coordinator_is_open and link.coordinator.process.is_running
-        if link is self.link and sent == self._sent and is_read and not link.path.cuts_up:
+        if link is self.link and sent == len(self._sent) and is_read and not link.path.cuts_up:
             self._apply(ev.RepliesDelivered())
 
     def _reconnect(self, reason: str) -> None:
@@ -447,18 +456,21 @@ class AgentProcess:
             ended = ev.HandlerFailed(work, "ValueError: as it is", compute_s)
         else:
             ended = ev.HandlerReturned(work, answer, compute_s)
-        self._run(work, compute_s, ended)
+        self._run(work, compute_s, ended, (self._session, start.round, start.attempt))
 
     def _start_feedback(self, start: ev.StartFeedback) -> None:
         compute_s = 0.2 * self._draws_for(start.round, 0).log_normal(self.host.nature.compute_s, 0.5)
         self._run(start.work, compute_s, ev.HandlerReturned(start.work))
 
-    def _run(self, work: int, compute_s: float, ended: ev.Event) -> None:
-        self._running.add(work)
+    def _run(self, work: int, compute_s: float, ended: ev.Event, reply: tuple[str, int, int] | None = None) -> None:
+        self._running[work] = reply
         now = self.host.world.now
         self.process.at(max(now + compute_s, self.host.hangs_until), self._end, work, ended)
 
     def _end(self, work: int, ended: ev.Event) -> None:
         if work in self._running:
-            self._running.discard(work)
+            reply = self._running.pop(work)
+            # Nobody waits for what was cancelled, or begun in a session that is over.
+            if reply is not None and reply[0] == self._session and reply[1] not in self._cancelled:
+                self.host.auditor.reply_finished(*reply)
             self._apply(ended)

@@ -6,7 +6,7 @@ everything is looked at every so often (`run`) and at the end.
 
 import heapq
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, NoReturn
@@ -96,6 +96,12 @@ class Auditor:
         self._last_round = 0
         #: What each agent really answered, by round: (attempt, status, body).
         self._replies: dict[int, dict[str, list[tuple[int, str, Body | None]]]] = {}
+        #: By session: round and attempt of what its agent has finished in it, in this order.
+        self._finished: dict[str, list[tuple[int, int]]] = {}
+        #: By session: cancellations and truths that its agent is to get and has not, in this order.
+        self._due: dict[str, deque[tuple[str, int]]] = {}
+        #: Sessions of which some could not be kept.
+        self._gapped: set[str] = set()
         #: (instance, round, attempt) that a handler ran for.
         self._handled: set[tuple[str, int, int]] = set()
         #: Outcomes that operators saw, by key: round, digest, number of the record.
@@ -241,6 +247,9 @@ class Auditor:
 
     def session_over(self, agent: str, session: str) -> None:
         """A session is over, and the rounds are about to be told."""
+        self._due.pop(session, None)
+        self._finished.pop(session, None)
+        self._gapped.add(session)  # an agent that has not heard of its end may get something still
         if self._sessions.pop(agent, None) != session:
             message = f"session {session} of {agent} is over, and was not its session"
             self.fail("a session ends before the next begins", message, agent=agent)
@@ -295,6 +304,56 @@ class Auditor:
     def reply_made(self, agent: str, round_id: int, attempt: int, status: str, body: Body | None) -> None:
         """An agent's own word."""
         self._replies.setdefault(round_id, {}).setdefault(agent, []).append((attempt, status, body))
+
+    def reply_finished(self, session: str, round_id: int, attempt: int) -> None:
+        """An agent is done with an assignment, with a link or without; it may say so again."""
+        finished = self._finished.setdefault(session, [])
+        if (round_id, attempt) not in finished:
+            finished.append((round_id, attempt))
+
+    def session_resumed(self, agent: str, session: str, received: int, sent: list[tuple[int, int]]) -> None:
+        """An agent goes on with its session over another link, and has sent these replies at once."""
+        wanted = self._finished.get(session, [])[received:]
+        if sent != wanted:
+            message = f"{agent} resumes {session}, of which {received} replies came, with {sent} and not {wanted}"
+            self.fail("no finished reply is lost", message, agent=agent)
+
+    def reply_came(self, agent: str, session: str, number: int, round_id: int, attempt: int) -> None:
+        """The coordinator counts a reply as the session's one of this number, from 1."""
+        finished = self._finished.get(session, [])
+        if finished[number - 1 : number] != [(round_id, attempt)]:
+            message = (
+                f"reply {number} of {session} is to {round_id}, {attempt}, and not {finished[number - 1 : number]}"
+            )
+            self.fail("no finished reply is lost", message, agent=agent, round=round_id)
+
+    def replies_at_rest(self, agent: str, session: str, received: int) -> None:
+        """All is quiet: what an agent has finished has come, and it has got what was for it."""
+        finished = self._finished.get(session, [])
+        if len(finished) != received:
+            message = f"{received} replies of {session} came, and {len(finished)} were finished"
+            self.fail("no finished reply is lost", message, agent=agent)
+        due = self._due.get(session)
+        if due and session not in self._gapped:
+            message = f"{agent} has not got the {due[0][0]} of round {due[0][1]} and {len(due) - 1} more in {session}"
+            self.fail("what is kept comes once and in order", message, agent=agent, round=due[0][1])
+
+    def frame_sent(self, session: str, kind: str, round_id: int) -> None:
+        """The coordinator has a cancellation or a truth for an agent, with a link or without."""
+        self._due.setdefault(session, deque()).append((kind, round_id))
+
+    def frames_dropped(self, session: str) -> None:
+        """There were more than are kept for a session without a link: some of it does not come."""
+        self._gapped.add(session)
+
+    def frame_came(self, agent: str, session: str, kind: str, round_id: int) -> None:
+        """An agent has one of them."""
+        due = self._due.get(session)
+        if session in self._gapped:
+            return
+        if not due or due.popleft() != (kind, round_id):
+            message = f"{agent} got the {kind} of round {round_id} in {session}, and another was due"
+            self.fail("what is kept comes once and in order", message, agent=agent, round=round_id)
 
     def agent_expired(self, agent: str, heard_at: float, lease_s: float) -> None:
         """The registry says that an agent's lease is over."""

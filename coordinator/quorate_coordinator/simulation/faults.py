@@ -86,8 +86,9 @@ class Faults:
         self._change_paths(fault, begin, end)
 
     def _partition(self, fault: Fault) -> None:
-        up, down = int(fault.detail["up"]), int(fault.detail["down"])
+        self._cut(fault, int(fault.detail["up"]), int(fault.detail["down"]))
 
+    def _cut(self, fault: Fault, up: int, down: int) -> None:
         def begin(path: Path) -> None:
             path.cuts_up += up
             path.cuts_down += down
@@ -97,6 +98,15 @@ class Faults:
             path.cuts_down -= down
 
         self._change_paths(fault, begin, end)
+
+    def _break_links(self, fault: Fault) -> None:
+        """Links end at once, without a goodbye and with all that is under way; the way may stay shut for a while."""
+        for host in self._targets(fault):
+            process = host.process
+            if process is not None and process.link is not None:
+                process.process.call(process.link_closed, process.link, "the link broke", False)
+        if fault.duration_s > 0.0:
+            self._cut(fault, 1, 1)
 
     # --- processes ---
 
@@ -163,4 +173,5 @@ _BEGIN: Final[dict[str, Callable[[Faults, Fault], None]]] = {
     "clock-jump": Faults._suspend,
     "drain": Faults._drain,
     "burst": Faults._burst,
+    "link-break": Faults._break_links,
 }

@@ -9,12 +9,14 @@ from quorate_coordinator import membership as ms
 from quorate_coordinator.links import FrameLog
 from quorate_coordinator.registry import Registry
 from quorate_coordinator.simulation.auditor import Auditor
-from quorate_coordinator.simulation.network import Link, Sent, StreamEnded, StreamName
+from quorate_coordinator.simulation.network import Doubled, Link, Sent, StreamEnded, StreamName
 from quorate_coordinator.simulation.process import Process
 from quorate_protocol.messages import (
     Assignment,
+    Cancellation,
     CoordinationOpened,
     Drain,
+    Feedback,
     Goodbye,
     Hello,
     Message,
@@ -118,6 +120,8 @@ class Members:
             member = self._members.get(agent)
             if member is None:
                 continue
+            if not is_assignment:
+                self._auditor.frame_sent(member.name, *_frame_of(message))
             link = member.link
             if link is None or (link.resumed_after is not None and not link.is_opened):
                 if not is_assignment:
@@ -151,7 +155,12 @@ class Members:
                 member = self._members.get(name)
                 if member is not None and member.link is link:
                     member.received += 1
+                    self._auditor.reply_came(name, member.name, member.received, message.round, message.attempt)
                     self._on_reply(name, message)
+            case Doubled():
+                member = self._members.get(name)
+                if member is not None and member.link is link:
+                    self._on_reply(name, message.reply)
             case Hello():
                 self._greet(link, message)
             case CoordinationOpened():
@@ -238,6 +247,7 @@ class Members:
             frames, has_gap = member.log.resume(link.resumed_after)
             if has_gap:
                 self._world.note(f"{member.agent} misses frames that were not kept")
+                self._auditor.frames_dropped(member.name)
             for frame in frames:
                 assert isinstance(frame, Frame)
                 link.send_down("coordination", frame.message)
@@ -378,6 +388,10 @@ class Members:
             if member.state != "draining":
                 for task in member.tasks:
                     askable.setdefault(task, (set(), set()))[not member.has_link].add(member.agent)
+        for session in self._members.values():
+            if len(session.log) > _LOG_FRAMES_MAX or session.log.size_bytes > _LOG_BYTES_MAX:
+                message = f"{len(session.log)} frames of {session.log.size_bytes} bytes are kept for {session.agent}"
+                self._auditor.fail("queues are bounded", message, agent=session.agent)
         if live:
             self._auditor.fail("the registry counts right", f"{counts} counted, {live} more than there are")
         for task in self.registry.tasks():
@@ -386,6 +400,11 @@ class Members:
                 self._auditor.fail("members can be asked", f"the registry selects others for {task} than it has")
         if askable:
             self._auditor.fail("members can be asked", f"nobody is selected for {sorted(askable)}")
+
+    def audit_replies(self) -> None:
+        """When all is quiet: what was finished in the sessions that stand has come."""
+        for member in self._members.values():
+            self._auditor.replies_at_rest(member.agent, member.name, member.received)
 
     def is_member(self, agent: str) -> bool:
         """Whether an agent has a session."""
@@ -400,6 +419,12 @@ class Members:
         """The process is gone: its links are, without a word."""
         for link in list(self._open):
             link.abandon(agent=False)
+
+
+def _frame_of(message: Message) -> tuple[str, int]:
+    """What is sent beside assignments: its kind and its round."""
+    assert isinstance(message, Cancellation | Feedback)
+    return message.wire_type, message.round
 
 
 def _resume_of(hello: Hello) -> tuple[str, str] | None:

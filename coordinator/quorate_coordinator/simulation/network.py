@@ -34,11 +34,18 @@ _PULSES_MAX: Final = 20
 _KINDS: Final = {Assignment: 1, Reply: 2, Cancellation: 3, Feedback: 4}
 
 
+class Doubled:
+    """A reply that comes once more. Streams do not do that: it is no frame of its session's, and is not counted."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.reply: Final = reply
+
+
 class StreamEnded:
     """What follows the last message of a stream."""
 
 
-Sent = Message | StreamEnded
+Sent = Message | StreamEnded | Doubled
 
 
 class AgentEnd(Protocol):
@@ -231,7 +238,7 @@ class Link:
         if path.duplication and isinstance(message, Reply) and draw.random() < path.duplication:
             is_late = draw.random() < _DOUBLED_LATE_SHARE
             again_at = at + draw.uniform(0.0, _DOUBLED_LATE_S if is_late else _DOUBLED_S)
-            self.world.at(again_at, self._arrive_up, stream, message)
+            self.world.at(again_at, self._arrive_up, stream, Doubled(message))
         return at
 
     def _arrive_up(self, stream: StreamName, message: Sent) -> None:

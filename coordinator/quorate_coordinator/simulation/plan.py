@@ -19,6 +19,7 @@ FAULT_KINDS: Final = (
     "clock-jump",
     "drain",
     "burst",
+    "link-break",
 )
 
 #: Of the JSON; a plan of another is refused.

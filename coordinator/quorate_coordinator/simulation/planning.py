@@ -42,6 +42,7 @@ _AN_HOUR: Final[dict[str, float]] = {
     "clock-jump": 12.0,
     "drain": 8.0,
     "burst": 4.0,
+    "link-break": 20.0,
 }
 
 
@@ -140,6 +141,13 @@ def _partition(draw: random.Random, agents: int) -> _Shape:
     return duration_s, _some(draw, agents), {"up": up, "down": down}
 
 
+def _link_break(draw: random.Random, agents: int) -> _Shape:
+    # Over before the lease, mostly: sessions are resumed, and what was finished meanwhile has to come. Often it is
+    # everybody's link, as when a router starts again: then some are at work whatever the moment is.
+    duration_s = draw.choice((0.0, draw.uniform(0.1, 3.0), draw.uniform(3.0, 9.0), draw.uniform(9.0, 20.0)))
+    return duration_s, tuple(range(agents)) if draw.random() < 0.3 else _some(draw, agents), {}
+
+
 def _suspension(draw: random.Random, agents: int) -> _Shape:
     duration_s = draw.choice((draw.uniform(0.05, 3.0), draw.uniform(3.0, 12.0), draw.uniform(12.0, 60.0)))
     targets = (COORDINATOR,) if draw.random() < 0.5 else _some(draw, agents)
@@ -179,6 +187,7 @@ _SHAPES: Final[dict[str, Callable[[random.Random, int], _Shape]]] = {
     "disk-full": lambda draw, agents: (draw.uniform(1.0, 90.0), (COORDINATOR,), {}),
     "clock-jump": _suspension,
     "drain": _drain,
+    "link-break": _link_break,
     "burst": lambda draw, agents: (draw.uniform(0.05, 5.0), (COORDINATOR,), {"calls": draw.randint(30, 150)}),
 }  # fmt: skip
 

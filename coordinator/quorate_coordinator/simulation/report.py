@@ -48,7 +48,7 @@ class Totals:
         for name, counts in self._counts.items():
             shown = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
             lines.append(f"{name:10} {shown or 'none'}")
-        if self.runs == 1:
+        if self.runs == 1 and first["trace_digest"]:
             lines.append(f"{'trace':10} {first['trace_digest']}")
         return "\n".join(lines)
 
@@ -71,6 +71,10 @@ def as_text(report: Report, shorter: Report, command: str) -> str:
         f"violated: {violation.invariant}",
         f"  {violation.message}",
         f"  seed {plan.seed}, {violation.at_s:.3f} virtual seconds after the start",
+    ]
+    if shorter is report:
+        return "\n".join([*lines, f"again: {command}", f"or:    {_whole(report)}"])
+    lines += [
         f"shortened from {len(plan.faults)} faults, {len(plan.calls)} calls, {plan.agents} agents, {plan.hours:g} h "
         f"to {len(small.faults)} faults, {len(small.calls)} calls, {small.agents} agents, {small.hours:.3g} h",
     ]
@@ -87,4 +91,5 @@ def _whole(report: Report) -> str:
     plan = report.plan
     kinds = ",".join(kind for kind in FAULT_KINDS if any(fault.kind == kind for fault in plan.faults)) or "none"
     wanted = "all" if {*kinds.split(",")} == {*FAULT_KINDS} else kinds
-    return f"quorate simulate --seed {plan.seed} --agents {plan.agents} --hours {plan.hours!r} --faults {wanted}"
+    how = "" if report.engine == "model" else f" --engine {report.engine}"
+    return f"quorate simulate --seed {plan.seed} --agents {plan.agents} --hours {plan.hours!r} --faults {wanted}{how}"

@@ -48,6 +48,8 @@ class Report:
     plan: Plan
     #: None when everything held.
     violation: Violation | None = None
+    #: What played it: `model`, or `quic`, where an event is a datagram, and there is no trace and no digest.
+    engine: str = "model"
     events: int = 0
     #: Seconds of the wall clock that it took.
     elapsed_s: float = 0.0
@@ -76,6 +78,7 @@ class Report:
         """For `--json`."""
         return {
             "seed": self.plan.seed,
+            "engine": self.engine,
             "agents": self.plan.agents,
             "hours": self.plan.hours,
             "events": self.events,
@@ -199,6 +202,7 @@ class Simulation:
             fail("all comes to rest", f"at the end there are {rest}")
         if self.operators.waiting:
             fail("every call is answered", f"{', '.join(self.operators.waiting[:5])} still wait")
+        current.members.audit_replies()
         missing = current.members.missing(host.name for host in self.hosts)
         if missing:
             message = f"{len(missing)} agents are not connected {QUIET_S:g} s after the last fault, {missing[0]} first"

@@ -11,11 +11,13 @@ asked for; clients are called `client-1`, `client-2` and so on, in the order in 
 """
 
 import asyncio
+import contextlib
 import errno
 import heapq
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -335,6 +337,23 @@ class MemoryPort(PacketPort):
 
 
 @cache
-def process_network() -> MemoryNetwork:
-    """The perfect network that links use where none is named; one for the whole process."""
+def _perfect_network() -> MemoryNetwork:
     return MemoryNetwork()
+
+
+_named: ContextVar[MemoryNetwork | None] = ContextVar("network", default=None)
+
+
+def process_network() -> MemoryNetwork:
+    """The network that links use where none is named: this context's, or the perfect one of the whole process."""
+    return _named.get() or _perfect_network()
+
+
+@contextlib.contextmanager
+def using_network(network: MemoryNetwork) -> Iterator[None]:
+    """Gives links of this context, and of tasks made in it, another network where none is named."""
+    token = _named.set(network)
+    try:
+        yield
+    finally:
+        _named.reset(token)
