@@ -9,17 +9,26 @@ import asyncio
 import itertools
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Final, Protocol, assert_never
+from collections.abc import Callable, Iterable
+from typing import Final, assert_never
 
 import structlog
 
 from quorate_coordinator.asking import Asking, Listener
 from quorate_coordinator.blob_shelf import BlobShelf
+from quorate_coordinator.gather_ports import Fleet, Recorder
 from quorate_coordinator.idempotency import Keys, check_same, digest_of, is_final
 from quorate_coordinator.journal.records import Record, RoundClosed
 from quorate_coordinator.learner.api import Experience, Learner
-from quorate_coordinator.ledger import Announcement, Ledger, Question, as_told, book_outcome_of, outcome_of
+from quorate_coordinator.ledger import (
+    Announcement,
+    Ledger,
+    Question,
+    as_told,
+    book_outcome_of,
+    outcome_of,
+    without_answers,
+)
 from quorate_coordinator.planning import Candidates, Planner
 from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits, RoundBook
@@ -51,7 +60,6 @@ from quorate_coordinator.rounds.instructions import (
 )
 from quorate_coordinator.rounds.instructions import Outcome as BookOutcome
 from quorate_coordinator.rounds.policy import RoundPolicy
-from quorate_protocol.blobs import Blob
 from quorate_protocol.bodies import decode_body
 from quorate_protocol.bulk import header_for
 from quorate_protocol.errors import CallFailed, ConfigurationError, FrameMalformed
@@ -60,7 +68,6 @@ from quorate_protocol.limits import CONNECTIONS_MAX
 from quorate_protocol.messages import (
     Ask,
     Assignment,
-    Bulk,
     BulkOf,
     Cancellation,
     Feedback,
@@ -78,51 +85,6 @@ log = structlog.get_logger()
 #: Agents whose replies are counted one by one, the least recently counted go first: ids may be new with every
 #: process of an agent. More than may be connected.
 AGENTS_COUNTED_MAX: Final = 2 * CONNECTIONS_MAX
-
-
-class Fleet(Protocol):
-    """What rounds need of the fleet."""
-
-    def select(self, task: str, labels: Mapping[str, str]) -> tuple[str, ...]:
-        """Agents that can be asked now, sorted."""
-
-    def select_away(self, task: str, labels: Mapping[str, str]) -> tuple[str, ...]:
-        """Agents that could be asked if they had a link, sorted."""
-
-    def is_behind(self, agent: str, more_bytes: int) -> bool:
-        """Whether an agent has so much to take in that it should not be sent so many bytes more."""
-
-    def send(self, agents: Iterable[str], frame: bytes, *, hurried: bool = True, is_assignment: bool = False) -> None:
-        """Sends one frame to each of these agents; those who are away get all but assignments when they return."""
-
-    def send_body(self, agents: Iterable[str], blob: Blob, header: Bulk) -> None:
-        """Sends each of these agents the body that the frame before refers to, beside everything else."""
-
-    def stop_bodies(self, agents: Iterable[str], round_id: int) -> None:
-        """Gives up the bodies of a round on their way to and from these agents."""
-
-
-class Recorder(Protocol):
-    """What rounds need of the journal."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether so much waits to be written that nothing more should."""
-
-    def append(self, record: Record, at: float, *, hurried: bool) -> int:
-        """Queues a record, made at `at` (Unix seconds); returns its number. `Gatherer.committed` is called later.
-
-        One that is not hurried may wait for another to share a commit with.
-        """
-
-    def append_checkpoint(self, seq: int, snapshot: bytes) -> None:
-        """Queues the learner's state after all records up to `seq`."""
-
-    def find_key(self, key: str) -> RoundClosed | None:
-        """The last round that was closed under a key."""
-
-    def has_truth(self, round_id: int) -> bool:
-        """Whether the truth of a round is recorded."""
 
 
 class Gatherer:
@@ -372,12 +334,25 @@ class Gatherer:
 
     def _fail_request(self, instruction: Instruction) -> None:
         """Answers who waits for an instruction that could not be carried out."""
-        source = instruction.outcome if isinstance(instruction, CloseRound) else instruction
-        if isinstance(source, BookOutcome):
-            self.shelf.drop(("answers", source.round))
-        request_id = getattr(source, "request_id", None)
-        if request_id is not None:
-            self._answer_error(request_id, CallFailed("internal", "the coordinator failed; its log says more"))
+        if isinstance(instruction, CloseRound):
+            self._close_without_answers(instruction.outcome)
+        elif (request_id := getattr(instruction, "request_id", None)) is not None:
+            self._answer_error(request_id, _failure())
+
+    def _close_without_answers(self, closed: BookOutcome) -> None:
+        """The end of a round could not be recorded as it was: it gets one that can, and takes no truth."""
+        self.book.give_up(closed.round)
+        self.ledger.forget(closed.round)
+        self.shelf.drop(("answers", closed.round))
+        asking = self._asks.get(closed.request_id)
+        record = without_answers(closed, Question() if asking is None else asking.question)
+        try:
+            self._record(record, Announcement(closed.request_id, outcome_of(record)))
+        except Exception:
+            log.exception("round_not_recorded", round=closed.round)
+            self._answer_error(closed.request_id, _failure())
+        # The learner may have combined what no record has.
+        self.checkpoint()
 
     def _answer_error(self, request_id: int, error: CallFailed) -> None:
         self.shelf.drop(("question", request_id))
@@ -587,3 +562,7 @@ class Gatherer:
 
 def _question_of(ask: Ask) -> Question:
     return Question() if ask.key is None else Question(ask.key, digest_of(ask))
+
+
+def _failure() -> CallFailed:
+    return CallFailed("internal", "the coordinator failed; its log says more")

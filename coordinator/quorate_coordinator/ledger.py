@@ -11,7 +11,7 @@ over the state of the last checkpoint, it gives the state of an uninterrupted ru
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -117,7 +117,7 @@ class Ledger:
             reason=clip_text(closed.reason),
             answer=answer.body,
             support=answer.support,
-            weights=dict(answer.weights),
+            weights=answer.weights,
             key=question.key,
             digest=question.digest,
         )
@@ -130,12 +130,8 @@ class Ledger:
         learner made of it before it failed is part of its state, which replay makes again.
         """
         closed = told.outcome
-        report = self._learn(closed.round, closed.task, closed.results, told.truth)
-        record = TruthTold(closed.round, told.truth)
-        if report is None:
-            return record, None
-        right, weights = dict(report.agents), dict(report.weights)
-        return record, Revealed(round=closed.round, correct=report.correct, right=right, weights=weights)
+        revealed = self._learn(closed.round, closed.task, closed.results, told.truth)
+        return TruthTold(closed.round, told.truth), revealed
 
     def take_late(self, late: OfferLateReply) -> ReplyLate:
         """Offers a late reply to the learner."""
@@ -210,7 +206,10 @@ class Ledger:
         if state not in ANSWERED:
             return Answer()
         try:
-            answer = self.learner.combine(_as_learner_sees(round_id, task, results))
+            combined = self.learner.combine(_as_learner_sees(round_id, task, results))
+            # Plain values, whatever the learner reckons with (NumPy's cannot be packed).
+            support = None if combined.support is None else float(combined.support)
+            answer = Answer(combined.body, support, _floats(combined.weights))
         except Exception:
             # The round is over and its operator waits: a fault of the learner's costs the answer alone.
             log.exception("learner_failed_to_combine", round=round_id, task=task)
@@ -221,11 +220,17 @@ class Ledger:
 
     def _learn(
         self, round_id: int, task: str, results: Iterable[BookResult | RecordedResult], truth: Body
-    ) -> Report | None:
-        """What the learner says; None where it raised."""
+    ) -> Revealed | None:
+        """What the learner says, in plain values as in `_combine`; None where it raised."""
         seen = _as_learner_sees(round_id, task, results, self._answers.pop(round_id, None))
         try:
-            return self.learner.learn(seen, truth)
+            report = self.learner.learn(seen, truth)
+            return Revealed(
+                round=round_id,
+                correct=None if report.correct is None else bool(report.correct),
+                right={agent: bool(was_right) for agent, was_right in report.agents.items()},
+                weights=_floats(report.weights),
+            )
         except Exception:
             log.exception("learner_failed_to_learn", round=round_id, task=task)
             return None
@@ -242,6 +247,10 @@ class Ledger:
         except Exception:
             log.exception("learner_failed_to_process", agent=taken.agent, topic=taken.topic)
             return Report()
+
+
+def _floats(weights: Mapping[str, float]) -> dict[str, float]:
+    return {agent: float(weight) for agent, weight in weights.items()}
 
 
 def outcome_of(closed: RoundClosed) -> Outcome:
@@ -314,6 +323,27 @@ def interrupt(opened: RoundOpened, reason: str) -> RoundClosed:
         weights={},
         key=opened.key,
         digest=opened.digest,
+    )
+
+
+def without_answers(closed: BookOutcome, question: Question) -> RoundClosed:
+    """The end of a round whose answers cannot be recorded. It has failed, under its key as well."""
+    reason = "what its agents answered cannot be recorded"
+    return RoundClosed(
+        round=closed.round,
+        task=closed.task,
+        state="failed",
+        quorum=closed.quorum,
+        results=tuple(
+            RecordedResult(result.agent, "failed", error=reason)
+            if result.status == "replied"
+            else RecordedResult(result.agent, result.status)
+            for result in closed.results
+        ),
+        duration_s=closed.duration_s,
+        reason=reason,
+        key=question.key,
+        digest=question.digest,
     )
 
 

@@ -29,17 +29,16 @@ CLOSE_TIMEOUT_S: Final = 5.0
 
 
 class Recording:
-    """A journal that is open for writing, and what it said at the start."""
+    """A journal that is open for writing."""
 
-    def __init__(self, journal: Journal, reader: JournalReader, recovered: Recovered, first_seq: int) -> None:
+    def __init__(self, journal: Journal, reader: JournalReader, first_seq: int, damaged: int) -> None:
         """See `open`."""
-        self.recovered: Final = recovered
         self.journal: Final = journal
         #: Number of the first record of this run.
         self.first_seq: Final = first_seq
         self._reader = reader
         #: Times that something was read that is not as it was written.
-        self.damaged_total = len(recovered.damaged)
+        self.damaged_total = damaged
 
     @classmethod
     def open(
@@ -47,11 +46,11 @@ class Recording:
         settings: Settings,
         make_learner: Callable[[], Learner],
         restore_learner: Callable[[bytes], Learner],
-    ) -> Self | None:
+    ) -> tuple[Self, Recovered] | None:
         """Opens the journal that the settings name, and recovers what it holds. Blocks while it reads.
 
         Returns:
-            None where the settings want no journal.
+            The journal, and what it says of earlier runs; None where the settings want no journal.
 
         Raises:
             JournalUnusable: it is damaged, of a later version, or another learner's.
@@ -84,7 +83,7 @@ class Recording:
             interrupted=len(recovered.cut_off),
             seconds=round(time.monotonic() - began_at, 3),
         )
-        return cls(journal, reader, recovered, first_seq)
+        return cls(journal, reader, first_seq, len(recovered.damaged)), recovered
 
     @property
     def file_bytes(self) -> int:

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from quorate_coordinator.journal.errors import JournalDamaged, JournalUnusable
 from quorate_coordinator.journal.reader import JournalReader, KnownRound
 from quorate_coordinator.journal.records import RoundClosed, RoundOpened, TruthTold
 from quorate_coordinator.learner.api import Learner, SnapshotInvalid
-from quorate_coordinator.ledger import Ledger
+from quorate_coordinator.ledger import Ledger, book_outcome_of
+from quorate_coordinator.rounds.book import BookLimits, estimate_bytes
+from quorate_coordinator.rounds.shelf import Shelf
+
+_REMEMBERED_BYTES_MAX: Final = BookLimits().remembered_bytes_max
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +28,7 @@ class Recovered:
     next_round: int
     #: Records that the learner was given again, over the checkpoint.
     replayed: int
-    #: What is not as it was written, of rounds that are left out for it.
+    #: What is not as it was written, of rounds that are left out for it, and truths of rounds that have no end.
     damaged: tuple[str, ...] = ()
 
 
@@ -33,6 +38,7 @@ def recover(
     restore_learner: Callable[[bytes], Learner],
     *,
     remembered_max: int,
+    remembered_bytes_max: int = _REMEMBERED_BYTES_MAX,
 ) -> Recovered:
     """Reads a journal from its last checkpoint on.
 
@@ -41,6 +47,7 @@ def recover(
         make_learner: A learner that knows nothing.
         restore_learner: A learner from its snapshot.
         remembered_max: Rounds to remember for their truth; the newest.
+        remembered_bytes_max: Memory that they may take, as the book of rounds estimates it.
 
     Raises:
         JournalUnusable, JournalDamaged: it cannot be read; or its checkpoint is another learner's.
@@ -65,24 +72,29 @@ def recover(
             ) from error
     ledger = Ledger(learner)
     replayed = 0
+    damaged: list[str] = []
     #: Closed since the checkpoint: their truth usually follows soon.
-    closed: dict[int, RoundClosed] = {}
+    closed: Shelf[RoundClosed] = Shelf(count_max=remembered_max, bytes_max=remembered_bytes_max)
     for _, _, record in reader.records(seq):
         replayed += 1
         if isinstance(record, TruthTold):
-            told_of = closed.pop(record.round, None) or _find_closed(reader, record.round)
-            ledger.replay_truth(told_of, record)
+            told_of = closed.take(record.round) or _find_closed(reader, record.round)
+            if told_of is None:
+                damaged.append(f"{reader.file}: has the truth of round {record.round} and not its end: it is left out")
+            else:
+                ledger.replay_truth(told_of, record)
             continue
-        if isinstance(record, RoundClosed):
-            closed[record.round] = record
         ledger.replay(record)
-    damaged: list[str] = []
-    awaiting = [known.closed for known in _find_all(reader, reader.awaiting_truth(remembered_max), damaged)]
-    ledger.recalled([one for one in awaiting if one is not None])
+        if isinstance(record, RoundClosed):
+            closed.take(record.round)
+            for old in closed.put(record.round, record, _estimate_bytes(record)):
+                ledger.forget(old.round)
+    awaiting = _find_awaiting(reader, remembered_max, remembered_bytes_max, damaged)
+    ledger.recalled(awaiting)
     cut_off = [known.opened for known in _find_all(reader, reader.open_rounds(), damaged)]
     return Recovered(
         ledger=ledger,
-        awaiting=tuple(one for one in awaiting if one is not None),
+        awaiting=awaiting,
         cut_off=tuple(one for one in cut_off if one is not None),
         next_round=reader.next_round(),
         replayed=replayed,
@@ -102,8 +114,26 @@ def _find_all(reader: JournalReader, rounds: Iterable[int], damaged: list[str]) 
             yield known
 
 
-def _find_closed(reader: JournalReader, round_id: int) -> RoundClosed:
+def _find_awaiting(
+    reader: JournalReader, count_max: int, bytes_max: int, damaged: list[str]
+) -> tuple[RoundClosed, ...]:
+    """The newest rounds that await their truth, oldest first, as far as they find room."""
+    found: list[RoundClosed] = []
+    room_bytes = bytes_max
+    for known in _find_all(reader, reversed(reader.awaiting_truth(count_max)), damaged):
+        if known.closed is None:
+            continue
+        room_bytes -= _estimate_bytes(known.closed)
+        if room_bytes < 0:
+            break
+        found.append(known.closed)
+    return tuple(reversed(found))
+
+
+def _find_closed(reader: JournalReader, round_id: int) -> RoundClosed | None:
     known = reader.find_round(round_id)
-    if known is None or known.closed is None:
-        raise JournalUnusable(reader.file, f"has the truth of round {round_id} and not its end")
-    return known.closed
+    return None if known is None else known.closed
+
+
+def _estimate_bytes(closed: RoundClosed) -> int:
+    return estimate_bytes(book_outcome_of(closed))

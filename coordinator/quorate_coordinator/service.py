@@ -29,6 +29,7 @@ from quorate_coordinator.metrics import Metrics, Sources
 from quorate_coordinator.modalities import Modalities, load_consumers
 from quorate_coordinator.operators import Operators
 from quorate_coordinator.recording import Recording
+from quorate_coordinator.recovery import Recovered
 from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits
 from quorate_coordinator.rounds.policy import RoundPolicy
@@ -135,14 +136,15 @@ class Coordinator:
             self._client_tls = ClientTls(development.ca_file)
         # Reading a long journal takes a while: the loop has nothing else to do yet. It is first, because its lock
         # keeps a second coordinator out of the state directory.
-        recording = self._recording = Recording.open(settings, self._make_learner, self._restore_learner)
+        opened = Recording.open(settings, self._make_learner, self._restore_learner)
+        recording, recovered = (None, None) if opened is None else opened
+        self._recording = recording
         try:
             store = _open_store(settings)
             self._fleet = self._make_fleet(store)
-            self._gatherer = self._make_gatherer(recording)
+            self._gatherer = self._make_gatherer(recording, recovered)
             self._operators = self._make_operators(store)
             if recording is not None:
-                self._gatherer.recall(recording.recovered.awaiting, recording.recovered.replayed)
                 recording.journal.start(
                     asyncio.get_running_loop(),
                     self._gatherer.committed,
@@ -202,11 +204,10 @@ class Coordinator:
             protocol_errors_total=self._protocol_errors_total,
         )
 
-    def _make_gatherer(self, recording: Recording | None) -> Gatherer:
+    def _make_gatherer(self, recording: Recording | None, recovered: Recovered | None) -> Gatherer:
         settings = self.settings
         numbers = RoundNumbers(settings.state_dir / "next-round")
-        recovered = None if recording is None else recording.recovered
-        return Gatherer(
+        gatherer = Gatherer(
             self._fleet,
             Ledger(self._make_learner()) if recovered is None else recovered.ledger,
             recording,
@@ -224,6 +225,9 @@ class Coordinator:
             checkpoint_rounds=settings.journal.checkpoint_rounds,
             observe_duration=self.metrics.observe_duration,
         )
+        if recovered is not None:
+            gatherer.recall(recovered.awaiting, recovered.replayed)
+        return gatherer
 
     def _make_operators(self, store: BlobStore) -> Operators:
         sessions = self.settings.sessions

@@ -1,22 +1,31 @@
 """What a coordinator knows again from a journal: the learner's state, rounds that await their truth, rounds cut off."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import structlog
 
 from agent_making import echo
 from coordination import coordinating
 from journal_making import closed, execute, experience, late, opened, read_journal, rounds, truth, write_journal
+from quorate_coordinator.journal import writer
 from quorate_coordinator.journal.errors import JournalUnusable
 from quorate_coordinator.journal.reader import JournalReader
+from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_coordinator.journal.writer import Journal
+from quorate_coordinator.learner.api import Answer, ClosedRound, Report
 from quorate_coordinator.learner.vote import VoteLearner
+from quorate_coordinator.ledger import book_outcome_of
 from quorate_coordinator.recovery import Recovered, recover
+from quorate_coordinator.rounds.book import estimate_bytes
 from quorate_coordinator.service import Coordinator
 from quorate_coordinator.settings import Settings
 from quorate_protocol.errors import CallFailed
+from quorate_protocol.fields import Body
 from restarting import replay_all
 
 
@@ -70,18 +79,34 @@ def test_a_checkpoint_saves_the_replay_of_what_is_before_it(file: Path, checkpoi
     assert found.ledger.learner.snapshot() == whole
 
 
+def test_a_truth_without_the_end_of_its_round_is_left_out_and_said(file: Path) -> None:
+    write_journal(file, [*rounds(2), opened(3), truth(3), opened(4), closed(4)])
+    found = recovering(file)
+    assert found.damaged == (f"{file}: has the truth of round 3 and not its end: it is left out",)
+    assert [record.round for record in found.awaiting] == [4]
+    beside = file.with_name("beside.sqlite3")
+    write_journal(beside, [*rounds(2), opened(4), closed(4)])
+    assert found.ledger.learner.snapshot() == replay_all(beside)
+
+
+def test_rounds_are_remembered_up_to_the_bytes_that_they_may_have(file: Path) -> None:
+    write_journal(file, [record for number in range(1, 8) for record in (opened(number), closed(number))])
+    one = estimate_bytes(book_outcome_of(closed(1)))
+    with JournalReader(file) as reader:
+        found = recover(
+            reader, VoteLearner, VoteLearner.restore, remembered_max=100, remembered_bytes_max=2 * one + one // 2
+        )
+    assert [record.round for record in found.awaiting] == [6, 7]
+    assert found.ledger.answers == 2
+    assert found.ledger.learner.snapshot() == replay_all(file)
+
+
 def test_only_so_many_rounds_are_remembered_the_newest(file: Path) -> None:
     write_journal(file, [record for number in range(1, 8) for record in (opened(number), closed(number))])
     found = recovering(file, remembered_max=3)
     assert [record.round for record in found.awaiting] == [5, 6, 7]
     # Answers are kept for those alone.
     assert found.ledger.answers == 3
-
-
-def test_a_truth_without_its_round_is_named(file: Path) -> None:
-    write_journal(file, [truth(7)])
-    with pytest.raises(JournalUnusable, match="has the truth of round 7 and not its end"):
-        recovering(file)
 
 
 def test_a_journal_that_was_pruned_and_lost_its_checkpoint_is_not_begun_anew(file: Path) -> None:
@@ -148,3 +173,67 @@ async def ask_and_tell(coordinator: Coordinator) -> None:
         assert await client.ask("echo", 1, key="k") == outcome
     agent.cancel()
     await asyncio.wait([agent])
+
+
+# --- rounds whose end cannot be recorded ---
+
+
+class Odd(VoteLearner):
+    """Reckons with NumPy; and gives what no record can have, where it is told to."""
+
+    def __init__(self, **odd: Any) -> None:
+        super().__init__()
+        self.odd = odd
+
+    def combine(self, closed: ClosedRound) -> Answer:
+        answer = super().combine(closed)
+        weights = {agent: numpy.float32(weight) for agent, weight in answer.weights.items()}
+        return replace(answer, **{"support": numpy.float32(1.0), "weights": weights, **self.odd})
+
+    def learn(self, closed: ClosedRound, truth: Body) -> Report:
+        return replace(super().learn(closed, truth), correct=numpy.bool_(True))
+
+
+async def test_a_learner_may_reckon_with_numpy(tmp_path: Path) -> None:
+    async with coordinating(tmp_path, learner=Odd()) as fleet:
+        await fleet.join(echo("a"))
+        operator = await fleet.operator()
+        outcome = await operator.ask("echo", 1)
+        assert (outcome.value, outcome.support, outcome.results[0].weight) == (1, 1.0, 1.0)
+        assert (await operator.reveal(1, 1)).correct is True
+    assert recovering(tmp_path / JOURNAL_NAME).damaged == ()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"support": 2.0}, {"support": "much"}, {"weights": {"a": float("nan")}}, {"weights": {1: 1.0}}, {"body": [1]}],
+    ids=str,
+)
+async def test_an_answer_that_cannot_be_told_costs_the_answer_alone(tmp_path: Path, odd: dict[str, Any]) -> None:
+    async with coordinating(tmp_path, learner=Odd(**odd)) as fleet:
+        await fleet.join(echo("a"))
+        operator = await fleet.operator()
+        outcome = await operator.ask("echo", 1)
+        assert (outcome.state, outcome.answer, outcome.results[0].value) == ("complete", None, 1)
+        assert (await operator.reveal(1, 1)).right == {"a": True}
+    assert recovering(tmp_path / JOURNAL_NAME).damaged == ()
+
+
+async def test_a_round_whose_answers_cannot_be_recorded_fails_and_takes_no_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "RECORD_BYTES_MAX", 10_000)
+    async with coordinating(tmp_path) as fleet:
+        await fleet.join(*(echo(name) for name in "abcd"))
+        operator = await fleet.operator()
+        outcome = await operator.ask("echo", "x" * 4000, key="k")
+        assert (outcome.state, outcome.reason) == ("failed", "what its agents answered cannot be recorded")
+        assert [result.status for result in outcome.results] == ["failed"] * 4
+        assert await operator.ask("echo", "x" * 4000, key="k") == outcome, "the handlers do not run again"
+        with pytest.raises(CallFailed, match="round 1 is not remembered any more"):
+            await operator.reveal(1, "x" * 4000)
+        assert (await operator.ask("echo", 2)).state == "complete"
+        live = fleet.coordinator._gatherer.learner.snapshot()
+    found = recovering(tmp_path / JOURNAL_NAME)
+    assert (found.damaged, found.cut_off, [one.state for one in found.awaiting]) == ((), (), ["failed", "complete"])
+    assert found.ledger.learner.snapshot() == live

@@ -137,6 +137,18 @@ def test_replies_beyond_the_bytes_that_may_be_held_fail_and_their_rounds_go_on()
     only(OpenRound, book.handle(make_request(), 11.0))
 
 
+def test_replies_beyond_what_one_round_may_hold_fail_so_that_its_end_can_be_recorded() -> None:
+    book = RoundBook(BookLimits(round_bytes_max=100))
+    for _ in range(2):
+        book.handle(make_request(body=b"q" * 10), 0.0)
+    book.handle(make_reply("a", 1, body=b"x" * 60), 1.0)
+    book.handle(make_reply("b", 1, body=b"x" * 31), 1.0)
+    book.handle(make_reply("b", 2, body=b"x" * 90), 1.0)  # another round has its own
+    outcome = outcome_in(book.handle(make_reply("c", 1, body=b"x" * 30), 1.0))
+    assert statuses(outcome) == {"a": "replied", "b": "failed", "c": "replied"}
+    assert "the round has no room" in outcome.results[1].error
+
+
 def test_a_reply_without_room_is_asked_for_again_while_attempts_are_left() -> None:
     book = RoundBook(BookLimits(held_bytes_max=20))
     book.handle(make_request(("a",), make_policy(1, attempts=2), body=b"q" * 10), 0.0)

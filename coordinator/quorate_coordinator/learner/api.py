@@ -8,10 +8,13 @@ same calls in the same order give the same state, bit for bit.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from quorate_protocol.errors import LocalError
-from quorate_protocol.fields import Body
+from quorate_protocol.fields import Body, BodyRef
+
+#: Bytes of a combined answer that is no reference: it is in one record with the round's replies.
+ANSWER_BYTES_MAX: Final = 64 << 20
 
 
 class SnapshotInvalid(LocalError):
@@ -92,7 +95,11 @@ class LateReply:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer from many replies."""
+    """One answer from many replies.
+
+    Raises:
+        TypeError, ValueError: it is none that could be told or recorded.
+    """
 
     #: One of the replies' bodies, as it came; None where no reply could be read.
     body: Body | None = None
@@ -100,6 +107,15 @@ class Answer:
     support: float | None = None
     #: Weight of each agent that replied, a part of the task's whole weight of 1.
     weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.body, bytes | BodyRef | None):
+            raise TypeError(f"the answer is neither bytes nor a reference but a {type(self.body).__name__}")
+        if isinstance(self.body, bytes) and len(self.body) > ANSWER_BYTES_MAX:
+            raise ValueError(f"the answer has {len(self.body)} bytes, over the {ANSWER_BYTES_MAX} that it may have")
+        if self.support is not None and not 0 <= self.support <= 1:
+            raise ValueError(f"the support is {self.support}, not within 0 and 1")
+        _check_weights(self.weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +129,11 @@ class Experience:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a learner took from a truth or an experience."""
+    """What a learner took from a truth or an experience.
+
+    Raises:
+        TypeError, ValueError: it is none that could be told.
+    """
 
     #: Whether the combined answer was right; None where there was none.
     correct: bool | None = None
@@ -121,6 +141,9 @@ class Report:
     agents: Mapping[str, bool] = field(default_factory=dict)
     #: Their weights after learning, parts of the task's whole weight of 1.
     weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_weights(self.weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,3 +230,11 @@ class Learner(Protocol):
     def latency(self, agent: str) -> Latency | None:
         """Reply latency of an agent; None when it has not been heard."""
         ...
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    for agent, weight in weights.items():
+        if not isinstance(agent, str):
+            raise TypeError(f"a weight is of {agent!r}, which is no agent's id")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"the weight of {agent} is {weight}")

@@ -10,6 +10,7 @@ What is bounded, and what happens beyond (`BookLimits`):
 - bytes of questions and replies held by rounds in flight, but for large bodies, which the book has by reference only
   (the shell bounds their bytes): requests are rejected as `busy` while they are
   used up, and a reply that finds no room counts as `failed`;
+- the same bytes of each round, so that its end can be recorded: a reply that finds no room counts as `failed`;
 - closed rounds that await their truth, by count and by bytes: the oldest is forgotten, and counted;
 - what is known of closed rounds after that (to tell a duplicate from a stranger): dropped silently,
   oldest first.
@@ -62,6 +63,7 @@ _ROUND_BYTES: Final = 1024
 _TRACE_AGENT_BYTES: Final = 80
 
 _NO_ROOM: Final = "the coordinator has no room for more replies"
+_NO_ROOM_IN_ROUND: Final = "the round has no room for more answers that are inline"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,9 @@ class BookLimits:
     in_flight_per_operator_max: int = 512
     #: Bytes of questions, reply bodies and errors that rounds in flight hold together.
     held_bytes_max: int = 512 << 20
+    #: Of these, those of one round: its end is one record, which has a ceiling (the journal's `RECORD_BYTES_MAX`), and
+    #: has the combined answer and the agents' names as well.
+    round_bytes_max: int = 176 << 20
     #: Closed rounds that await their truth.
     remembered_max: int = 10_000
     #: Bytes that those hold together, as estimated.
@@ -159,6 +164,13 @@ class RoundBook:
         """Remembers a round that an earlier run has closed, for its truth. Before any event; oldest first."""
         assert outcome.round < self._first_id, "rounds of this run are not recalled"
         return self._remember(Round.recall(outcome), outcome)
+
+    def give_up(self, round_id: int) -> None:
+        """The truth of a closed round cannot be taken: it is not remembered any more."""
+        round_ = self._remembered.take(round_id)
+        if round_ is not None:
+            round_.forget()
+            self._keep_trace(round_)
 
     def next_timer(self) -> float | None:
         """The moment at or after which a `TimerFired` is owed; None when none is."""
@@ -259,8 +271,8 @@ class RoundBook:
             return [NoteStray("unknown", event.round, event.agent)]
         was_working = round_.is_working(event.agent)
         reply_bytes = inline_bytes(event.body) + len(event.error)
-        if was_working and self._held_bytes + reply_bytes > self.limits.held_bytes_max:
-            event = replace(event, status="failed", body=None, error=_NO_ROOM)
+        if was_working and (problem := self._explain_no_room(round_.id, reply_bytes)):
+            event = replace(event, status="failed", body=None, error=problem)
             reply_bytes = 0  # that text is one for all
         instructions = round_.handle(event, now)
         if not was_working or round_.is_working(event.agent):
@@ -272,6 +284,13 @@ class RoundBook:
             self._unindex(event.agent, round_.id)
             self._hold(round_.id, reply_bytes)
         return instructions + self._settle(round_)
+
+    def _explain_no_room(self, round_id: int, reply_bytes: int) -> str:
+        if self._held_bytes + reply_bytes > self.limits.held_bytes_max:
+            return _NO_ROOM
+        if self._held_bytes_of[round_id] + reply_bytes > self.limits.round_bytes_max:
+            return _NO_ROOM_IN_ROUND
+        return ""
 
     def _take_truth(self, event: TruthRevealed, now: float) -> list[Instruction]:
         round_ = self._find(event.round)
@@ -330,7 +349,7 @@ class RoundBook:
         self._held_bytes_of[round_id] = self._held_bytes_of.get(round_id, 0) + size_bytes
 
     def _remember(self, round_: Round, outcome: Outcome) -> list[Instruction]:
-        forgotten = self._remembered.put(round_.id, round_, _estimate_bytes(outcome))
+        forgotten = self._remembered.put(round_.id, round_, estimate_bytes(outcome))
         for old in forgotten:
             old.forget()
             self._keep_trace(old)
@@ -352,6 +371,7 @@ def _reject(request: RoundRequested, reason: RejectReason, message: str, *, retr
     return RejectRequest(request.request_id, reason, message, retry)
 
 
-def _estimate_bytes(outcome: Outcome) -> int:
+def estimate_bytes(outcome: Outcome) -> int:
+    """Memory that a closed round takes while its truth is awaited."""
     texts = sum(inline_bytes(result.body) + len(result.error) for result in outcome.results)
     return _ROUND_BYTES + _RESULT_BYTES * len(outcome.results) + texts
