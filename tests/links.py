@@ -57,10 +57,10 @@ def url_of(server: QuicServer) -> str:
 
 @contextlib.asynccontextmanager
 async def serving(
-    credentials: DevelopmentCredentials, host: str = "127.0.0.1", **options: Any
+    credentials: DevelopmentCredentials, host: str = "127.0.0.1", port: int = 0, **options: Any
 ) -> AsyncIterator[QuicServer]:
-    """A server on a free port; closed at the end."""
-    server = await listen(f"{host}:0", tls=credentials.tls, **options)
+    """A server on a free port, or one that was free; closed at the end."""
+    server = await listen(f"{host}:{port}", tls=credentials.tls, **options)
     try:
         yield server
     finally:

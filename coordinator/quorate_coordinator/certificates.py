@@ -39,6 +39,9 @@ _TOKEN_BYTES: Final = 32
 
 _AUTHORITY_KEY_NAME: Final = "ca-key.pem"
 
+_RESET_KEY_NAME: Final = "reset-key"
+_RESET_KEY_BYTES: Final = 32
+
 
 @dataclass(frozen=True, slots=True)
 class DevelopmentCredentials:
@@ -90,6 +93,21 @@ def ensure_token(state_dir: Path) -> Path:
         if not token_file.exists():
             write_file(token_file, secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n", private=True)
     return token_file
+
+
+def ensure_reset_key(state_dir: Path) -> bytes:
+    """The secret from which stateless resets are made, kept so that the next run makes the same (RFC 9000, 10.3.2).
+
+    Raises:
+        ConfigurationError: it cannot be read or written.
+    """
+    key_file = state_dir / _RESET_KEY_NAME
+    with _holding(state_dir):
+        key = key_file.read_bytes() if key_file.exists() else b""
+        if len(key) != _RESET_KEY_BYTES:
+            key = secrets.token_bytes(_RESET_KEY_BYTES)
+            write_file(key_file, key, private=True)
+    return key
 
 
 def ensure_certificate(files: DevelopmentCredentials, *, names: Iterable[str] = (), now: datetime.datetime) -> bool:

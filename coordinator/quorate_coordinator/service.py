@@ -16,6 +16,7 @@ from quorate_coordinator.certificates import (
     DevelopmentCredentials,
     ensure_certificate,
     ensure_development_credentials,
+    ensure_reset_key,
     ensure_token,
 )
 from quorate_coordinator.fleet import Fleet
@@ -151,7 +152,7 @@ class Coordinator:
                     self._gatherer.recording_failed,
                     self._gatherer.recording_recovered,
                 )
-            self._server = await listen(settings.listen, tls=tls)
+            self._server = await listen(settings.listen, tls=tls, reset_key=ensure_reset_key(settings.state_dir))
             if settings.http_address is not None:
                 await self._http.start(*settings.http_address)
         except BaseException:

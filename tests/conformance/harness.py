@@ -19,7 +19,7 @@ from quorate_protocol.transport import ALPN, ClientTls, Priority
 from quorate_protocol.transport.engine import AioquicFactory
 
 #: Every engine that has to hold the contract: one line for one more. Each takes a ceiling for the
-#: size of UDP payloads (`udp_payload_bytes_max`) and its default without one.
+#: size of UDP payloads (`udp_payload_bytes_max`) and a server's secret (`reset_key`), and its defaults without.
 FACTORIES: dict[str, Callable[..., Any]] = {"aioquic": AioquicFactory}
 
 CLIENT_ADDRESS = ("192.0.2.1", 40_001)

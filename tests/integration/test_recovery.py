@@ -134,6 +134,17 @@ async def test_killed_in_mid_round_it_is_interrupted_and_asked_anew(restarting: 
     assert_sound(restarting.journal)
 
 
+async def test_agents_hear_of_a_restart_long_before_silence_would_tell_them(tmp_path: Path) -> None:
+    environ = {"QUORATE_SESSIONS__LEASE_S": "600", "QUORATE_SESSIONS__PULSE_S": "0.2"}
+    async with Restarting(tmp_path / "state", **environ) as restarting, agents(restarting, echo("a"), echo("b")):
+        await restarting.kill()
+        assert (restarting.state_dir / "reset-key").stat().st_mode & 0o777 == 0o600
+        await restarting.start()
+        async with restarting.client() as client:
+            await joined(client, "a", "b", patience_s=PATIENCE_S)
+        await restarting.stop()
+
+
 async def test_killed_right_after_an_outcome_was_printed(restarting: Restarting) -> None:
     command = ("ask", "echo", '{"x": 1}', "--key", "k", "--json")
     async with agents(restarting, echo("a")):

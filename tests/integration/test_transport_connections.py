@@ -444,3 +444,39 @@ async def test_a_chain_that_no_handshake_carries_is_refused_with_its_size(creden
     chain.write_bytes(credentials.certificate_file.read_bytes() * 60)
     with pytest.raises(ConfigurationError, match=r"take \d{5} bytes; a handshake carries 14000"):
         await listen("127.0.0.1:0", tls=ServerTls(chain, credentials.key_file))
+
+
+# --- a server that dies without a word ---
+
+
+async def test_a_client_hears_of_it_as_soon_as_the_server_is_there_again(credentials):
+    async with serving(credentials, reset_key=b"k" * 32) as server:
+        address, port = server.address
+        link = await connected(server, url_of(server), credentials)
+        here = link.here
+        stream = await here.open_bi_stream()
+        await stream.send(b"before")
+        server._endpoint._release()  # as the kernel does it for who was killed: the socket is gone, nobody is told
+        async with serving(credentials, reset_key=b"k" * 32, host=f"{address}", port=port) as again:
+            began = asyncio.get_running_loop().time()
+            with pytest.raises(ConnectionClosed, match="was restarted and does not know this connection"):
+                while True:
+                    await stream.send(b"after")
+                    await asyncio.sleep(0.01)
+            assert asyncio.get_running_loop().time() - began < aioquic_engine.IDLE_TIMEOUT_S / 2
+            assert again.stats.stateless_resets_sent >= 1
+            assert again.stats.connections == 0
+
+
+async def test_so_many_resets_and_no_more(credentials, server):
+    """A flood for connections that nobody has: it is answered for a while, and living ones are not disturbed."""
+    link = await connected(server, url_of(server), credentials)
+    streams = await pair(link)
+    with UdpSocket(server.address) as stranger:
+        for _ in range(30):
+            for _ in range(100):
+                stranger.send(b"\x40" + bytes(50))
+            await ping_pong(*streams)
+        await until(lambda: server.stats.udp_datagrams_unknown > 1000)
+    assert 500 <= server.stats.stateless_resets_sent < 1000
+    await link.here.close()

@@ -94,6 +94,8 @@ class ServerStats:
     bytes_sent: int = 0
     #: Datagrams for no known connection: scans, garbage, and the tails of connections that are gone.
     udp_datagrams_unknown: int = 0
+    #: Of these, those that were told so: their senders went on with a connection of an earlier life (RFC 9000, 10.3).
+    stateless_resets_sent: int = 0
     #: Datagrams that the kernel would not take; QUIC sends their content again.
     udp_datagrams_dropped: int = 0
     #: Times that the kernel took no more datagrams for a while, and sending waited.

@@ -70,6 +70,11 @@ _HANDSHAKE_BURST_S: Final = 2.0
 #: they wait as well, or one that is never finished could be fed with garbage without bound.
 _HANDSHAKE_DEBT_S: Final = 0.25
 
+#: Stateless resets in a second, and at once: a thousand agents hear within a second or two that the coordinator was
+#: restarted, and a flood of packets with ids that are nobody's costs a hundredth of the time.
+_RESETS_PER_S: Final = 500
+_RESETS_BURST: Final = 500
+
 #: While the port takes nothing, timers fire this often at the most, in seconds: nothing that they want could be sent.
 _BLOCKED_TIMER_S: Final = 0.05
 
@@ -116,6 +121,9 @@ class Endpoint:
         #: Seconds that strangers may cost now; see `_HANDSHAKE_SHARE`.
         self._handshake_credit_s = _HANDSHAKE_BURST_S
         self._credited_at = self._loop.time()
+        #: Stateless resets that may be sent now; see `_RESETS_PER_S`.
+        self._resets_left = float(_RESETS_BURST)
+        self._resets_at = self._credited_at
         #: Connections with something to send that can wait for company.
         self._unhurried: dict[QuicConnection, None] = {}
         self._unhurried_timer: asyncio.TimerHandle | None = None
@@ -319,8 +327,14 @@ class Endpoint:
             self.wants_turn(connection)
 
     def _meet(self, datagram: bytes, address: Address) -> QuicConnection | None:
-        """A datagram for no known connection: the one that it opens, or None."""
-        if not self._accepting or len(datagram) < self._cid_end or not datagram[0] & 0x80:
+        """A datagram for no known connection: the one that it opens or ends, or None."""
+        if self._is_client:
+            return self._find_reset(datagram)
+        if not self._accepting or len(datagram) < self._cid_end:
+            return None
+        if not datagram[0] & 0x80:
+            if datagram[0] & 0x40:  # as every packet has it (RFC 9000, 17.3.1)
+                self._reset(datagram, address)
             return None
         if self._handshake_credit_s <= 0:
             # Unread, so that nobody knows what it was; the size is all that can be told for nothing.
@@ -332,6 +346,24 @@ class Endpoint:
         connection = self._accept(datagram, address)
         self._handshake_credit_s -= clock() - began
         return connection
+
+    def _find_reset(self, datagram: bytes) -> QuicConnection | None:
+        """Client side: the connection that the server does not know any more, if that is what it says."""
+        now = self._loop.time()
+        for connection in self._connections:
+            if connection.engine.was_reset(datagram, now):
+                return connection
+        return None
+
+    def _reset(self, datagram: bytes, address: Address) -> None:
+        """Tells who goes on with a connection of an earlier life that there is none."""
+        now = self._loop.time()
+        self._resets_left = min(_RESETS_BURST, self._resets_left + (now - self._resets_at) * _RESETS_PER_S)
+        self._resets_at = now
+        if self._resets_left >= 1 and (answer := self._factory.reset(datagram)) is not None:
+            self._resets_left -= 1
+            self.stats.stateless_resets_sent += 1
+            self._port.send([(answer, address)])
 
     def _accept(self, datagram: bytes, address: Address) -> QuicConnection | None:
         arrival = self._factory.inspect(datagram)

@@ -236,6 +236,7 @@ async def listen(
     backlog: int = 1024,
     udp_payload_bytes_max: int = UDP_PAYLOAD_BYTES_MAX,
     network: MemoryNetwork | None = None,
+    reset_key: bytes | None = None,
 ) -> QuicServer:
     """Listens for links.
 
@@ -246,13 +247,15 @@ async def listen(
         backlog: connections that may wait to be accepted; more are turned away as busy.
         udp_payload_bytes_max: where path MTU discovery (RFC 8899) stops, from 1200 (none) to 16,383.
         network: what carries links in memory; None is the process's own, which is perfect.
+        reset_key: a secret of 16 to 64 bytes. A server that is started again with it tells the clients of its earlier
+            life at once that their connections are no more (RFC 9000, 10.3); None makes a new one.
 
     Raises:
         ConfigurationError: not an address, the address is taken or not ours, certificate or key
             cannot be read.
     """
     _check_protocols(protocols)
-    factory = AioquicFactory(udp_payload_bytes_max)
+    factory = AioquicFactory(udp_payload_bytes_max, reset_key=reset_key)
     if address.startswith(MEMORY_PREFIX):
         name = parse_memory_name(address, "listen")
         factory.set_server(tls, list(protocols))

@@ -5,6 +5,7 @@ the port, and its closing is told to the driver when it happens, not after the d
 """
 
 import logging
+import os
 import ssl
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ from quorate_protocol.transport.api import ClientTls, Priority, ServerTls
 from quorate_protocol.transport.engine.port import Address, Arrival, Sink
 from quorate_protocol.transport.engine.quic_connection import Connection
 from quorate_protocol.transport.engine.receiving import CONNECTION_ID_BYTES
+from quorate_protocol.transport.engine.resets import ResetKey
 from quorate_protocol.transport.engine.writing import DATAGRAM_OVERHEAD_BYTES
 
 #: Idle timeout in seconds (RFC 9000, 10.1). Sessions have leases of their own, shorter than this.
@@ -68,6 +70,9 @@ class AioquicEngine:
         quic.receive_datagram(datagram, address, now)
         quic.note_packet(now)
         return quic.packets_received != before
+
+    def was_reset(self, datagram: bytes, now: float) -> bool:
+        return self._quic.was_reset(datagram, now)
 
     def handle_timer(self, now: float) -> None:
         keepalive_at = self._quic.keepalive_at
@@ -228,7 +233,13 @@ class AioquicFactory:
 
     connection_id_bytes = CONNECTION_ID_BYTES
 
-    def __init__(self, udp_payload_bytes_max: int = UDP_PAYLOAD_BYTES_MAX) -> None:
+    def __init__(self, udp_payload_bytes_max: int = UDP_PAYLOAD_BYTES_MAX, *, reset_key: bytes | None = None) -> None:
+        """Makes a factory.
+
+        Args:
+            udp_payload_bytes_max: where path MTU discovery stops.
+            reset_key: a server's secret, from which its stateless resets are made; None makes one.
+        """
         if udp_payload_bytes_max not in range(UDP_PAYLOAD_BYTES_MIN, UDP_PAYLOAD_BYTES_MAX + 1):
             raise ConfigurationError(
                 "udp_payload_bytes_max",
@@ -236,6 +247,7 @@ class AioquicFactory:
                 f"is {udp_payload_bytes_max}",
             )
         self._udp_payload_bytes_max = udp_payload_bytes_max
+        self._reset_key = ResetKey(reset_key or os.urandom(32))
         self._server_configuration: QuicConfiguration | None = None
         # aioquic logs each closed or odd connection by itself; ours are told to their owners.
         logging.getLogger("quic").setLevel(logging.CRITICAL)
@@ -291,8 +303,12 @@ class AioquicFactory:
                 configuration=self._server_configuration,
                 original_destination_connection_id=arrival.destination_id,
                 udp_payload_bytes_max=self._udp_payload_bytes_max,
+                reset_key=self._reset_key,
             )
         )
+
+    def reset(self, datagram: bytes) -> bytes | None:
+        return self._reset_key.reset(datagram, datagram[1 : 1 + self.connection_id_bytes])
 
     def inspect(self, datagram: bytes) -> Arrival | None:
         try:

@@ -64,6 +64,9 @@ class Engine(Protocol):
     def receive(self, datagram: bytes, address: Address, now: float) -> bool:
         """A UDP datagram came. True when it held at least one authentic packet."""
 
+    def was_reset(self, datagram: bytes, now: float) -> bool:
+        """Whether a datagram with an unknown id says that the peer does not know this connection; it is over then."""
+
     def handle_timer(self, now: float) -> None:
         """The time that `timer` gave has come."""
 
@@ -195,6 +198,9 @@ class EngineFactory(Protocol):
 
     def server(self, arrival: Arrival) -> Engine:
         """A server's engine for a first datagram that `opens`."""
+
+    def reset(self, datagram: bytes) -> bytes | None:
+        """What tells the sender of a packet with an unknown id that its connection is not known (RFC 9000, 10.3)."""
 
     def inspect(self, datagram: bytes) -> Arrival | None:
         """Reads the header of a datagram for no known connection; None for garbage."""

@@ -19,11 +19,12 @@ sends next), `send_buffer` and `windows` (bytes held by us and by the peer). Wha
 - **Datagrams** that do not fit any more are dropped, instead of blocking all behind them for ever.
 """
 
-from typing import Any
+import hmac
+from typing import Any, Final
 
 from aioquic.quic import events
 from aioquic.quic.connection import QuicConnectionError, QuicReceiveContext
-from aioquic.quic.packet import QuicErrorCode
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType
 from aioquic.quic.stream import StreamFinishedError
 
 from quorate_protocol.limits import (
@@ -36,17 +37,24 @@ from quorate_protocol.limits import (
 from quorate_protocol.transport.api import Priority
 from quorate_protocol.transport.engine.lanes import Stream
 from quorate_protocol.transport.engine.receive_buffer import PieceCount
+from quorate_protocol.transport.engine.resets import TOKEN_BYTES, ResetKey
 from quorate_protocol.transport.engine.send_buffer import Account
 from quorate_protocol.transport.engine.sending import SendingConnection
 from quorate_protocol.transport.engine.stream_state import StreamState
 from quorate_protocol.transport.engine.windows import ReceiveWindow
 
+#: Why a connection is over that the peer does not know any more.
+RESET_REASON: Final = "it was restarted and does not know this connection"
+
 
 class Connection(SendingConnection):
     """See the module."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, reset_key: ResetKey | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        #: A server's: its connection ids are known again by who has lost everything else.
+        self._reset_key = reset_key
+        self._mark_connection_ids()
         for limit in (self._local_max_streams_bidi, self._local_max_streams_uni):
             limit.value = limit.sent = STREAMS_MAX
         self._windows: dict[int, ReceiveWindow] = {}
@@ -178,7 +186,27 @@ class Connection(SendingConnection):
             idle_timeout_s = min(idle_timeout_s, self._remote_max_idle_timeout)
         return self._close_at - idle_timeout_s / 2
 
+    def was_reset(self, datagram: bytes, now: float) -> bool:
+        """Ends the connection where the peer says that it is not known there any more (RFC 9000, 10.3.1)."""
+        token = self._peer_cid.stateless_reset_token
+        if not token or self._close_event is not None or not hmac.compare_digest(datagram[-TOKEN_BYTES:], token):
+            return False
+        self._close_event = events.ConnectionTerminated(
+            error_code=QuicErrorCode.NO_ERROR, frame_type=QuicFrameType.PADDING, reason_phrase=RESET_REASON
+        )
+        self._close_begin(is_initiator=False, now=now)
+        return True
+
+    def _mark_connection_ids(self) -> None:
+        if self._reset_key is not None:
+            for connection_id in self._host_cids:
+                connection_id.stateless_reset_token = self._reset_key.token(connection_id.cid)
+
     # --- what aioquic tells ---
+
+    def _replenish_connection_ids(self) -> None:
+        super()._replenish_connection_ids()
+        self._mark_connection_ids()
 
     def _get_or_create_stream(self, frame_type: int, stream_id: int) -> Stream:
         if (stream := self._streams.get(stream_id)) is not None:
