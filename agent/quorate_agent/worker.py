@@ -17,7 +17,8 @@ import structlog
 from quorate_agent import events as ev
 from quorate_agent.agent import Agent, check_concurrency, check_labels, check_name
 from quorate_agent.backoff import Backoff
-from quorate_agent.core import AgentCore, Counts
+from quorate_agent.core import AgentCore
+from quorate_agent.counts import Counts
 from quorate_agent.handlers import AgentInvalid
 from quorate_agent.running import HandlerRunner
 from quorate_agent.session import Session
