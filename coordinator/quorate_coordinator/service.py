@@ -3,7 +3,6 @@
 import asyncio
 import datetime
 import hmac
-import os
 import time
 from collections import Counter
 from collections.abc import Coroutine
@@ -15,11 +14,10 @@ from quorate_coordinator.blob_shelf import BlobShelf
 from quorate_coordinator.certificates import (
     DevelopmentCredentials,
     ensure_certificate,
-    ensure_development_credentials,
     ensure_reset_key,
-    ensure_token,
 )
 from quorate_coordinator.fleet import Fleet
+from quorate_coordinator.from_settings import find_credentials, round_policy
 from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.http import HttpServer
 from quorate_coordinator.learner.api import Learner
@@ -33,14 +31,12 @@ from quorate_coordinator.recording import Recording
 from quorate_coordinator.recovery import Recovered
 from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits
-from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_coordinator.serving import refuse_streams
 from quorate_coordinator.settings import Settings
 from quorate_protocol import __version__
 from quorate_protocol.blobs import BlobBudget, BlobStore
 from quorate_protocol.channel import Channel
 from quorate_protocol.client import Client
-from quorate_protocol.credentials import find_token
 from quorate_protocol.errors import (
     CallFailed,
     Code,
@@ -56,7 +52,7 @@ from quorate_protocol.errors import (
 from quorate_protocol.limits import FRAME_BYTES_MAX, HELLO_BYTES_MAX
 from quorate_protocol.messages import AgentInfo, Hello, Message, Modality, Refusal, Telemetry
 from quorate_protocol.messages import Fleet as FleetListing
-from quorate_protocol.transport import ClientTls, Connection, ReceiveStream, Server, ServerTls, listen
+from quorate_protocol.transport import ClientTls, Connection, ReceiveStream, Server, listen
 from quorate_protocol.transport.address import MEMORY_PREFIX, join_host_port
 
 log = structlog.get_logger()
@@ -132,7 +128,7 @@ class Coordinator:
         settings = self.settings
         for topic, consumer in load_consumers(settings.consumers).items():
             self.modalities.register(topic, consumer)
-        tls, self._token, development = _credentials(settings)
+        tls, self._token, development = find_credentials(settings)
         if development is not None:
             self._client_tls = ClientTls(development.ca_file)
         # Reading a long journal takes a while: the loop has nothing else to do yet. It is first, because its lock
@@ -213,7 +209,7 @@ class Coordinator:
             Ledger(self._make_learner()) if recovered is None else recovered.ledger,
             recording,
             shelf=BlobShelf(kept_bytes_max=settings.bodies.spool_bytes_max // _KEPT_SHARE),
-            policy=_policy(settings),
+            policy=round_policy(settings),
             limits=BookLimits(
                 in_flight_max=settings.rounds.in_flight_max,
                 in_flight_per_agent_max=settings.rounds.in_flight_per_agent_max,
@@ -550,25 +546,6 @@ async def _refuse(connection: Connection, channel: Channel, refusal: Refused) ->
         return
 
 
-def _credentials(settings: Settings) -> tuple[ServerTls, str, DevelopmentCredentials | None]:
-    """Certificate, token, and the development files where the certificate is one of those."""
-    token_file = settings.auth.token_file
-    from_environment = token_file is None and any(
-        os.environ.get(name) for name in ("QUORATE_TOKEN", "QUORATE_TOKEN_FILE")
-    )
-    certificate_file, key_file = settings.tls.certificate_file, settings.tls.key_file
-    if certificate_file is not None and key_file is not None:
-        tls, development = ServerTls(certificate_file, key_file), None
-        if token_file is None and not from_environment:
-            token_file = ensure_token(settings.state_dir)
-    else:
-        development = ensure_development_credentials(settings.state_dir, names=settings.tls.names)
-        tls = development.tls
-        if not from_environment:
-            token_file = token_file or development.token_file
-    return tls, find_token(token_file), development
-
-
 def _open_store(settings: Settings) -> BlobStore:
     """Where large bodies go: a directory of this user's alone, empty.
 
@@ -587,15 +564,3 @@ def _open_store(settings: Settings) -> BlobStore:
     bodies = settings.bodies
     budget = BlobBudget(memory_bytes_max=bodies.memory_bytes_max, disk_bytes_max=bodies.spool_bytes_max)
     return BlobStore(spool_dir, budget, size_bytes_max=min(bodies.bytes_max, bodies.spool_bytes_max))
-
-
-def _policy(settings: Settings) -> RoundPolicy:
-    rounds = settings.rounds
-    is_count = isinstance(rounds.quorum, int)
-    return RoundPolicy(
-        deadline_s=rounds.deadline_s,
-        grace_s=min(rounds.grace_s, rounds.deadline_s),
-        quorum=int(rounds.quorum) if is_count else None,
-        quorum_fraction=None if is_count else float(rounds.quorum),
-        attempts=rounds.attempts,
-    )
