@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from journal_making import execute, rounds, write_journal
-from quorate_coordinator.journal.errors import JournalTooNew, JournalUnusable
+from quorate_coordinator.journal import schema
+from quorate_coordinator.journal.errors import JournalDamaged, JournalTooNew, JournalUnusable
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.schema import APPLICATION_ID, MIGRATIONS, SCHEMA_VERSION, migrate
 from quorate_coordinator.journal.writer import Journal
@@ -79,13 +80,12 @@ def test_a_later_version_is_refused_with_both_versions(tmp_path: Path) -> None:
         )
 
 
-def test_an_earlier_version_is_not_read_but_migrated(tmp_path: Path) -> None:
+def test_an_earlier_version_is_not_read_before_it_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "journal.sqlite3"
-    execute(file, f"PRAGMA application_id = {APPLICATION_ID}")  # version 0, without tables
-    with pytest.raises(JournalUnusable, match="version 0; the coordinator brings it to 1 when it starts"):
+    write_journal(file, rounds(1))
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
+    with pytest.raises(JournalUnusable, match="version 1; the coordinator brings it to 2 when it starts"):
         JournalReader(file)
-    Journal.open(file).close(0)
-    JournalReader(file).close()
 
 
 @pytest.mark.parametrize("use", [JournalReader, Journal.open], ids=["read", "write"])
@@ -103,6 +103,17 @@ def test_other_files_are_left_alone(tmp_path: Path, use: type) -> None:
         with pytest.raises(JournalUnusable, match=problem):
             use(file)
         assert not before or file.read_bytes() == before
+
+
+@pytest.mark.parametrize("version", [0, -1, 1 - (1 << 31)])
+def test_a_version_that_none_had_is_damage(tmp_path: Path, version: int) -> None:
+    file = tmp_path / "journal.sqlite3"
+    write_journal(file, rounds(1))
+    execute(file, f"PRAGMA user_version = {version}")
+    with pytest.raises(JournalDamaged, match=f"its version is {version}"):
+        JournalReader(file)
+    with pytest.raises(JournalDamaged, match=f"its version is {version}"):
+        Journal.open(file)
 
 
 def test_missing(tmp_path: Path) -> None:

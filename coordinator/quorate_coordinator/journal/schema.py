@@ -124,6 +124,8 @@ def _version(connection: sqlite3.Connection, file: Path, *, may_be_empty: bool) 
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application == APPLICATION_ID:
+        if version < 1:  # both are set in one transaction
+            raise JournalDamaged(file, f"its version is {version}")
         return int(version)
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if may_be_empty and not application and not version and not tables:
