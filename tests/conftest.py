@@ -8,6 +8,9 @@ import pytest
 import structlog
 from hypothesis import settings
 
+# As structlog is by itself: pytest catches what is printed when it is printed, and not where that went at first.
+structlog.configure()
+
 # No time limit for one example: the machine may be busy. A failure prints what reproduces it.
 settings.register_profile("quorate", deadline=None, print_blob=True)
 settings.load_profile("quorate")
@@ -26,3 +29,4 @@ def logging_put_back() -> Iterator[None]:
     root.handlers, root.level = handlers, level
     logging.captureWarnings(False)
     structlog.reset_defaults()
+    structlog.configure()

@@ -35,6 +35,7 @@ from quorate_agent.source import Source
 from quorate_protocol.errors import Code, ConnectionClosed
 from quorate_protocol.fields import Name
 from quorate_protocol.limits import LABELS_MAX, TASKS_MAX, TEXT_CHARS_MAX
+from quorate_protocol.logs import configure_embedded
 
 if TYPE_CHECKING:
     # With all their cryptography, which defining an agent does not need.
@@ -313,6 +314,7 @@ class Agent:
         chosen = id if id is not None else self.name
         if chosen is None:
             raise AgentInvalid("the agent has no name: give one to Agent(...) or an id to run(...)")
+        configure_embedded()
         worker = Worker(self, url, agent_id=chosen, token=token, tls=tls, drain_timeout_s=drain_timeout_s)
         (await worker.run()).raise_if_error()
 

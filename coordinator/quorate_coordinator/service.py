@@ -50,6 +50,7 @@ from quorate_protocol.errors import (
     UnexpectedMessage,
 )
 from quorate_protocol.limits import FRAME_BYTES_MAX, HELLO_BYTES_MAX
+from quorate_protocol.logs import configure_embedded
 from quorate_protocol.messages import AgentInfo, Hello, Message, Modality, Refusal, Telemetry
 from quorate_protocol.messages import Fleet as FleetListing
 from quorate_protocol.transport import ClientTls, Connection, ReceiveStream, Server, listen
@@ -126,6 +127,7 @@ class Coordinator:
             ConfigurationError: an address is taken, a file cannot be read.
         """
         settings = self.settings
+        configure_embedded(settings.log.level, settings.log.format)
         for topic, consumer in load_consumers(settings.consumers).items():
             self.modalities.register(topic, consumer)
         tls, self._token, development = find_credentials(settings)

@@ -53,6 +53,38 @@ def configure(
     Raises:
         ConfigurationError: no such level or format.
     """
+    output, before, after = _set_up(level, format, stream)
+    handler = logging.StreamHandler(cast(TextIO, output))
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*before, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *after],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+
+
+def configure_embedded(level: str = "info", format: str = "auto") -> None:
+    """Sets up Quorate's own events in a program that is not ours, unless that has set up structlog itself.
+
+    What structlog does by itself is for a developer: everything on standard output, and the values of variables in
+    tracebacks, where a token may be among them.
+
+    Raises:
+        ConfigurationError: no such level or format.
+    """
+    if not structlog.is_configured():
+        _set_up(level, format, None)
+
+
+_Processors = list[structlog.typing.Processor]
+
+
+def _set_up(level: str, format: str, stream: TextIO | None) -> "tuple[_Lossy, _Processors, _Processors]":
+    """Sets up structlog; returns where it writes, and what it does before and after the standard library's are met."""
     if level not in _LEVELS:
         raise ConfigurationError("log level", f"{level!r} is none of {', '.join(_LEVELS)}")
     if format not in ("auto", "json", "console"):
@@ -64,14 +96,14 @@ def configure(
     output = _Lossy(stream)
     as_json = format == "json" or (format == "auto" and not on_terminal)
 
-    before: list[structlog.typing.Processor] = [
+    before: _Processors = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso" if as_json else "%H:%M:%S", utc=as_json),
         _redact,
         _tame,
     ]
-    after: list[structlog.typing.Processor]
+    after: _Processors
     if as_json:
         after = [
             structlog.processors.format_exc_info,
@@ -87,18 +119,7 @@ def configure(
         logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, output)),
         cache_logger_on_first_use=False,
     )
-
-    handler = logging.StreamHandler(cast(TextIO, output))
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*before, structlog.stdlib.add_logger_name],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *after],
-        )
-    )
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(logging.WARNING)
-    logging.captureWarnings(True)
+    return output, before, after
 
 
 def configured() -> tuple[str, str] | None:

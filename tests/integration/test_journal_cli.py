@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from journal_making import (
 )
 from processes import PATIENCE_S, QUORATE, clean_environment, quorate
 from quorate_coordinator.cli.main import app
-from quorate_coordinator.journal.records import ExperienceTaken
+from quorate_coordinator.journal.records import ExperienceTaken, RecordedResult, RoundClosed, TruthTold
 from quorate_coordinator.journal.writer import Journal
+from quorate_protocol.fields import BodyRef
 
 
 @pytest.fixture
@@ -134,6 +136,26 @@ def test_export(state_dir: Path) -> None:
     assert exported[12]["digest"] == "01ff"
     assert "body" not in exported[13]
     assert base64.b64decode(exported[13]["body_base64"]) == b"\xc1"
+
+
+def test_export_of_large_bodies_is_of_their_references(tmp_path: Path) -> None:
+    ref = BodyRef(size=20_000_000, digest=b"\xab" * 32)
+    results = (RecordedResult("ant", "replied", ref),)
+    write_journal(
+        tmp_path / "journal.sqlite3",
+        [
+            replace(opened(1), body=ref, selected=("ant",), quorum=1),
+            RoundClosed(1, "classify", "complete", 1, results, 0.1, answer=ref),
+            TruthTold(1, ref),
+            replace(late(1), body=ref),
+            *rounds(1, first=2),
+        ],
+    )
+    exported = lines(journal("export", state_dir=tmp_path))
+    shown = {"size": 20_000_000, "digest": "ab" * 32}
+    assert [exported[0]["body_ref"], exported[1]["answer_ref"], exported[1]["results"][0]["body_ref"]] == [shown] * 3
+    assert [exported[2]["truth_ref"], exported[3]["body_ref"]] == [shown] * 2
+    assert len(exported) == 8
 
 
 def test_export_of_a_part(state_dir: Path) -> None:

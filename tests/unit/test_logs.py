@@ -103,3 +103,21 @@ def test_wrong_settings_are_named() -> None:
         logs.configure("loud")
     with pytest.raises(ConfigurationError, match="log format"):
         logs.configure("info", "xml")
+
+
+def test_a_program_of_somebody_else_keeps_its_logging(capsys: pytest.CaptureFixture[str]) -> None:
+    handlers = logging.getLogger().handlers
+    structlog.reset_defaults()
+    logs.configure_embedded("warning")
+    structlog.get_logger().info("quiet")
+    structlog.get_logger().warning("loud", token="t0p")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [json.loads(line)["event"] for line in err.splitlines()] == ["loud"]
+    assert "t0p" not in err
+    assert logging.getLogger().handlers == handlers
+    capture = structlog.testing.LogCapture()
+    structlog.configure(processors=[capture])
+    logs.configure_embedded("warning")
+    structlog.get_logger().info("theirs")
+    assert [event["event"] for event in capture.entries] == ["theirs"]

@@ -26,6 +26,7 @@ from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_coordinator.journal.verify import verify
 from quorate_protocol.bodies import decode_body
 from quorate_protocol.errors import ConfigurationError, QuorateError
+from quorate_protocol.fields import Body, BodyRef
 from quorate_protocol.state_dir import default_state_dir
 
 journal = typer.Typer(
@@ -95,6 +96,7 @@ def export_command(
     """Print the records as JSON lines, in their order: one object with seq, at (Unix time), kind and its fields.
 
     A body is shown as the JSON that it stands for; one that cannot be read is in base64, under its name with _base64.
+    Of a large one (over about 1 MiB) the journal has size and digest (SHA-256): those are under its name with _ref.
     Records that are damaged are named on standard error and left out; then the exit code is 1.
     """
     damaged: list[str] = []
@@ -169,7 +171,9 @@ def _fields_json(record: Record | RecordedResult) -> dict[str, Any]:
     return shown
 
 
-def _body_json(name: str, body: bytes) -> dict[str, Any]:
+def _body_json(name: str, body: Body) -> dict[str, Any]:
+    if isinstance(body, BodyRef):
+        return {f"{name}_ref": {"size": body.size, "digest": body.digest.hex()}}
     try:
         value = common.as_json(decode_body(body))
         common.json_text(value)
