@@ -116,6 +116,7 @@ def test_a_program_of_somebody_else_keeps_its_logging(capsys: pytest.CaptureFixt
     assert [json.loads(line)["event"] for line in err.splitlines()] == ["loud"]
     assert "t0p" not in err
     assert logging.getLogger().handlers == handlers
+    structlog.reset_defaults()
     capture = structlog.testing.LogCapture()
     structlog.configure(processors=[capture])
     logs.configure_embedded("warning")
