@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Annotated, Final
 
 import typer
@@ -90,8 +91,8 @@ async def _await_leaving(client: Client, agent: str, wait_s: float) -> str:
         await asyncio.sleep(_LEFT_POLL_S)
 
 
-#: Columns that a table of the fleet needs beside the agents' names.
-_FLEET_WIDTH: Final = 70
+#: Columns that agents' names have at the least, however much the other columns want.
+_NAME_WIDTH_MIN: Final = 12
 
 
 def _print_fleet(coordinator: str, fleet: Fleet) -> None:
@@ -117,32 +118,39 @@ def _print_fleet(coordinator: str, fleet: Fleet) -> None:
             row = [agent.agent, agent.state, ",".join(agent.tasks), labels, *_numbers(agent), seen]
             typer.echo("\t".join(common.one_line(cell) for cell in row))
         return
-    has_labels = any(agent.labels for agent in fleet.agents)
+    _print_table(console, fleet.agents)
+
+
+def _print_table(console: Console, agents: Sequence[AgentInfo]) -> None:
+    headings = ["agent", "state", "tasks", "labels", "replies", "p50/p99 ms", "weight"]
+    rows = [_cells(agent) for agent in agents]
+    if not any(agent.labels for agent in agents):
+        headings.remove("labels")
+        rows = [[*row[:3], *row[4:]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     table = common.plain_table()
-    # Of a fixed width, or it would be the first to be squeezed.
-    width = min(max(len(agent.agent) for agent in fleet.agents), max(12, console.width - _FLEET_WIDTH))
-    table.add_column("agent", overflow="fold", width=width)
-    for heading in ("state", "tasks", "labels") if has_labels else ("state", "tasks"):
+    # Of a fixed width, or the names would be the first to be squeezed.
+    room = console.width - sum(widths[1:]) - 2 * len(widths)
+    table.add_column("agent", overflow="fold", width=min(widths[0], max(_NAME_WIDTH_MIN, room)))
+    for heading in headings[1:-3]:
         table.add_column(heading, overflow="fold")
     for heading in ("replies", "p50/p99 ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("weight", justify="right", overflow="fold")
-    for agent in fleet.agents:
-        replies, p50_ms, p99_ms, weights = _numbers(agent)
-        is_here = agent.state == "connected"
-        state = agent.state if is_here else f"{agent.state} {_age(agent.last_seen_s)} ago"
-        labels = " ".join(f"{key}={value}" for key, value in agent.labels.items())
-        style = "green" if is_here else "red" if agent.state == "lost" else "yellow"
-        table.add_row(
-            agent.agent,
-            Text(state, style=style),
-            Text(" ".join(agent.tasks)),
-            *([Text(common.one_line(labels))] if has_labels else []),
-            replies,
-            "-" if p50_ms == "-" else f"{p50_ms}/{p99_ms}",
-            weights,
-        )
+    for agent, (name, state, *others) in zip(agents, rows, strict=True):
+        style = {"connected": "green", "lost": "red"}.get(agent.state, "yellow")
+        table.add_row(Text(name), Text(state, style=style), *map(Text, others))
     console.print(table)
+
+
+def _cells(agent: AgentInfo) -> list[str]:
+    replies, p50_ms, p99_ms, weights = _numbers(agent)
+    state = agent.state if agent.state == "connected" else f"{agent.state} {_age(agent.last_seen_s)} ago"
+    labels = " ".join(f"{key}={value}" for key, value in agent.labels.items())
+    latency = "-" if p50_ms == "-" else f"{p50_ms}/{p99_ms}"
+    return [
+        common.one_line(one) for one in (agent.agent, state, " ".join(agent.tasks), labels, replies, latency, weights)
+    ]
 
 
 def _numbers(agent: AgentInfo) -> list[str]:
