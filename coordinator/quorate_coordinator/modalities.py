@@ -21,13 +21,19 @@ log = structlog.get_logger()
 #: Streams of their own that one agent may have open: a dozen sensors, each with a few streams.
 STREAMS_PER_AGENT_MAX: Final = 64
 
-#: Experiences of one agent that are taken in a second, in the long run, and at once: each is learned from and recorded.
-#: Who tells more is read more slowly, and its sending waits.
+#: Experiences of one agent, and bytes of them, that are taken in a second in the long run: each is learned from and
+#: recorded. Who tells more is read more slowly, and its sending waits.
 EXPERIENCES_PER_S: Final = 200
-EXPERIENCES_AT_ONCE: Final = 400
+EXPERIENCE_BYTES_PER_S: Final = 1 << 20
+
+#: What it may tell at once, in seconds of that.
+AT_ONCE_S: Final = 2.0
 
 #: Topics that are counted one by one; agents name them, and the rest is counted as `other`.
 TOPICS_COUNTED_MAX: Final = 256
+
+#: Agents with topics that nobody takes, of which it is remembered that a log line has said so.
+_UNWANTED_MAX: Final = 4096
 
 
 class ModalityStream:
@@ -81,8 +87,11 @@ class Modalities:
         self._on_experience = on_experience
         self._consumers: dict[str, Consumer] = {}
         self._open: Counter[str] = Counter()
-        #: By agent with streams: until when its experiences have used up what it may tell, on the loop's clock.
+        #: By agent: until when its experiences have used up what it may tell, on the loop's clock. Its streams and
+        #: sessions may end meanwhile.
         self._told_until: dict[str, float] = {}
+        #: Agents with topics that nobody takes, as they have been logged.
+        self._unwanted: set[tuple[str, str]] = set()
         #: By topic, totals since the start.
         self.streams_total: Counter[str] = Counter()
         self.bytes_total: Counter[str] = Counter()
@@ -122,20 +131,22 @@ class Modalities:
             self._open[agent] -= 1
             if not self._open[agent]:
                 del self._open[agent]
-                self._told_until.pop(agent, None)
 
-    async def _pace(self, agent: str) -> None:
-        """Waits until the agent may tell one more (a leaky bucket)."""
+    async def _pace(self, agent: str, size_bytes: int) -> None:
+        """Waits until the agent may tell one more, of that size (a leaky bucket)."""
         now = asyncio.get_running_loop().time()
-        until = max(now, self._told_until.get(agent, now)) + 1 / EXPERIENCES_PER_S
-        self._told_until[agent] = until
-        if until - now > EXPERIENCES_AT_ONCE / EXPERIENCES_PER_S:
-            await asyncio.sleep(until - now - EXPERIENCES_AT_ONCE / EXPERIENCES_PER_S)
+        if agent not in self._told_until:
+            # Whoever comes anew makes room: only those stay who have told much just now.
+            self._told_until = {other: until for other, until in self._told_until.items() if until > now}
+        cost_s = max(1 / EXPERIENCES_PER_S, size_bytes / EXPERIENCE_BYTES_PER_S)
+        until = self._told_until[agent] = max(now, self._told_until.get(agent, now)) + cost_s
+        if until - now > AT_ONCE_S:
+            await asyncio.sleep(until - now - AT_ONCE_S)
 
     async def _consume(self, agent: str, header: Modality, topic: str, stream: ReceiveStream) -> None:
         consumer = self._consumers.get(header.topic)
         if consumer is None:
-            log.warning("modality_not_wanted", agent=agent, topic=header.topic)
+            self._note_unwanted(agent, topic)
             stream.stop(Code.NOT_WANTED)
             return
 
@@ -143,6 +154,14 @@ class Modalities:
             self.bytes_total[topic] += size_bytes
 
         await consumer(ModalityStream(agent, header.topic, header.round, stream, count))
+
+    def _note_unwanted(self, agent: str, topic: str) -> None:
+        """Logs it once: streams come at the agent's pace, and log lines must not. `streams_total` has all of them."""
+        if len(self._unwanted) >= _UNWANTED_MAX:
+            self._unwanted.clear()
+        if (agent, topic) not in self._unwanted:
+            self._unwanted.add((agent, topic))
+            log.warning("modality_not_wanted", agent=agent, topic=topic)
 
     async def _learn(self, agent: str, name: str, topic: str, stream: ReceiveStream) -> None:
         decoder = FrameDecoder()
@@ -152,7 +171,7 @@ class Modalities:
                 message = parse_message(raw)
                 if not isinstance(message, ExperienceTold):
                     raise UnexpectedMessage(message.wire_type, "on a telemetry stream")
-                await self._pace(agent)
+                await self._pace(agent, len(message.body))
                 self.experiences_total[topic] += 1
                 self._on_experience(Experience(agent, name, message.body))
             await asyncio.sleep(0)  # a stream that is always full must leave others their turn

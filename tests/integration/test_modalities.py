@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
-from coordination import Fleet, coordinating, until
+from coordination import Fleet, RawPeer, coordinating, until
 from quorate_agent import Agent
 from quorate_agent.streams import OwnStreams
 from quorate_coordinator.learner.api import Experience, Report
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.modalities import STREAMS_PER_AGENT_MAX, ModalityStream
-from quorate_protocol.bodies import decode_body
+from quorate_protocol.bodies import decode_body, encode_body
 from quorate_protocol.errors import Code, ConfigurationError, ResetByPeer, StoppedByPeer
+from quorate_protocol.messages import ExperienceTold, Modality, Telemetry
 from quorate_protocol.transport import Priority
 
 
@@ -225,7 +227,7 @@ async def test_the_learner_is_told_and_it_is_recorded(tmp_path: Any) -> None:
 
 async def test_who_tells_too_much_is_read_more_slowly(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quorate_coordinator.modalities.EXPERIENCES_PER_S", 50)
-    monkeypatch.setattr("quorate_coordinator.modalities.EXPERIENCES_AT_ONCE", 5)
+    monkeypatch.setattr("quorate_coordinator.modalities.AT_ONCE_S", 0.1)
     learner = Listening()
     async with coordinating(tmp_path, learner=learner) as fleet:
         agent = echo("a")
@@ -244,6 +246,83 @@ async def test_who_tells_too_much_is_read_more_slowly(tmp_path: Any, monkeypatch
         # Others are served meanwhile and after.
         operator = await fleet.operator()
         assert (await operator.ask("echo", 1)).value == 1
+
+
+async def tell_all(peer: RawPeer, topic: str, *experiences: bytes) -> None:
+    """One telemetry stream, from its beginning to its end."""
+    stream = await peer.connection.open_uni_stream(Priority.LOW)
+    await stream.send(Telemetry(topic=topic).to_frame())
+    for body in experiences:
+        await stream.send(ExperienceTold(body=body).to_frame())
+    await stream.finish()
+
+
+async def test_what_an_agent_may_tell_outlives_its_streams_and_sessions(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quorate_coordinator.modalities.EXPERIENCES_PER_S", 100)
+    monkeypatch.setattr("quorate_coordinator.modalities.AT_ONCE_S", 0.05)
+    learner = Listening()
+    async with coordinating(tmp_path, learner=learner) as fleet:
+        began_at = asyncio.get_running_loop().time()
+        for session in range(4):
+            peer = await fleet.peer()
+            await peer.join("teller")
+            for number in range(10):
+                await tell_all(peer, "noise", encode_body(number))
+                await until(lambda told=session * 10 + number + 1: len(learner.told) == told)
+            await peer.leave()
+            await until(lambda: not fleet.connected)
+        assert asyncio.get_running_loop().time() - began_at >= 40 / 100 - 0.05 - 0.05
+
+
+async def test_an_agent_that_tells_large_things_is_read_more_slowly(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quorate_coordinator.modalities.EXPERIENCE_BYTES_PER_S", 1_000_000)
+    monkeypatch.setattr("quorate_coordinator.modalities.AT_ONCE_S", 0.05)
+    learner = Listening()
+    async with coordinating(tmp_path, learner=learner) as fleet:
+        began_at = asyncio.get_running_loop().time()
+        peer, other = await fleet.peer(), await fleet.peer()
+        await peer.join("large")
+        await other.join("small")
+        await tell_all(peer, "noise", *[encode_body(bytes(100_000))] * 5)
+        await tell_all(other, "noise", encode_body(1))
+        await until(lambda: len(learner.told) == 6)
+        assert asyncio.get_running_loop().time() - began_at >= 0.5 - 0.05 - 0.05
+        # What one may tell is no other's.
+        assert learner.told[-1][0] == "large"
+        await peer.leave()
+        await other.leave()
+
+
+async def test_who_told_little_is_forgotten(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quorate_coordinator.modalities.EXPERIENCES_PER_S", 100_000)
+    learner = Listening()
+    async with coordinating(tmp_path, learner=learner) as fleet:
+        for number in range(5):
+            peer = await fleet.peer()
+            await peer.join(f"agent-{number}")
+            await tell_all(peer, "noise", encode_body(number))
+            await until(lambda told=number + 1: len(learner.told) == told)
+            await peer.leave()
+        assert list(fleet.coordinator.modalities._told_until) == ["agent-4"]
+
+
+async def test_unwanted_streams_are_logged_once(fleet: Fleet) -> None:
+    peer = await fleet.peer()
+    await peer.join("camera")
+    modalities = fleet.coordinator.modalities
+    with structlog.testing.capture_logs() as logged:
+        for number in range(20):
+            stream = await peer.connection.open_uni_stream(Priority.LOW)
+            await stream.send(Modality(topic="video" if number % 2 else "audio").to_frame())
+            await until(lambda served=number + 1: modalities.streams_total.total() == served)
+        await until(lambda: not modalities._open)
+    warned = [(entry["agent"], entry["topic"]) for entry in logged if entry["event"] == "modality_not_wanted"]
+    assert sorted(warned) == [("camera", "audio"), ("camera", "video")]
+    await peer.leave()
 
 
 @pytest.mark.parametrize(
