@@ -102,7 +102,6 @@ class Gatherer:
         numbers: RoundNumbers,
         first_round: int,
         first_seq: int,
-        checkpoint_rounds: int,
         observe_duration: Callable[[str, float], None],
     ) -> None:
         self.book: Final = RoundBook(limits, first_round=first_round)
@@ -114,8 +113,6 @@ class Gatherer:
         #: What large bodies hold, for rounds in flight, outcomes that are not told, and keys.
         self.shelf: Final = shelf
         self._numbers = numbers
-        self._checkpoint_rounds = checkpoint_rounds
-        self._rounds_since_checkpoint = 0
         #: Numbers of the last record, and of the last that a checkpoint covers.
         self._last_seq = self._checkpoint_seq = 0
         #: Number of the last record that is durable; how many became so since the start, and in how many commits.
@@ -138,6 +135,8 @@ class Gatherer:
         self.feedback_total: Counter[str] = Counter()
         #: Calls that were answered by a round asked for before under the same key.
         self.repeated_total = 0
+        #: What agents told while nothing could be recorded, or the disk was behind.
+        self.experiences_dropped_total = 0
         #: The agents in `agent_replies_total` and their statuses there, least recently counted first.
         self._counted: OrderedDict[str, set[str]] = OrderedDict()
 
@@ -146,14 +145,8 @@ class Gatherer:
         """What combines and learns."""
         return self.ledger.learner
 
-    def recall(self, awaiting: Iterable[RoundClosed], replayed: int) -> None:
-        """Takes up what earlier runs left. Before any other call.
-
-        Args:
-            awaiting: rounds whose truth may come, oldest first.
-            replayed: records that no checkpoint covers: however often a coordinator dies, they must not pile up.
-        """
-        self._rounds_since_checkpoint = replayed
+    def recall(self, awaiting: Iterable[RoundClosed]) -> None:
+        """Takes up the rounds of earlier runs whose truth may come, oldest first. Before any other call."""
         for closed in awaiting:
             for instruction in self.book.recall(book_outcome_of(closed)):
                 self._carry_out(instruction)
@@ -233,11 +226,13 @@ class Gatherer:
             self.shelf.drop(("truth", request_id))
 
     def experience(self, experience: Experience) -> None:
-        """An agent told something of its own accord; where nothing can be recorded, it is dropped."""
-        if self._recorder is not None and (self.recording_problem or self._recorder.is_full):
+        """An agent told something of its own accord; where it could not be recorded, it is dropped."""
+        if self._recorder is not None and (self.recording_problem or self._recorder.is_half_full):
+            self.experiences_dropped_total += 1
             return
-        record, _ = self.ledger.experience(experience)
-        self._record(record)
+        record, report = self.ledger.experience(experience)
+        if report is not None:
+            self._record(record)
 
     def _find_asked(self, question: Question) -> Asking | None:
         """The round that was asked for under this key: in flight, or over."""
@@ -497,17 +492,15 @@ class Gatherer:
             self.ledger.hold(seq, announcement)
             if self.recording_problem:
                 self._answer_unrecorded(announcement)
-        self._rounds_since_checkpoint += isinstance(record, RoundClosed)
-        if self._rounds_since_checkpoint >= self._checkpoint_rounds:
+        if self._recorder.is_checkpoint_due:
             self.checkpoint()
 
     def checkpoint(self) -> None:
         """Has the learner's state written down: a restart replays what comes after it only."""
         if self._recorder is not None and self._last_seq != self._checkpoint_seq:
-            self._rounds_since_checkpoint = 0
             self._checkpoint_seq = self._last_seq
             try:
-                self._recorder.append_checkpoint(self._last_seq, self.learner.snapshot())
+                self._recorder.append_checkpoint(self._last_seq, self.learner.snapshot)
             except Exception:
                 # The records are there: a restart takes longer, and that is all.
                 log.exception("checkpoint_failed", seq=self._last_seq)

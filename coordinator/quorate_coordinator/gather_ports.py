@@ -1,6 +1,6 @@
 """What driving rounds needs of the rest of the coordinator: a fleet to ask, and somewhere to write down."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from quorate_coordinator.journal.records import Record, RoundClosed
@@ -37,14 +37,22 @@ class Recorder(Protocol):
     def is_full(self) -> bool:
         """Whether so much waits to be written that nothing more should."""
 
+    @property
+    def is_half_full(self) -> bool:
+        """Whether what waits leaves room for rounds alone."""
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether a restart would replay so much that the learner's state should be written down."""
+
     def append(self, record: Record, at: float, *, hurried: bool) -> int:
         """Queues a record, made at `at` (Unix seconds); returns its number. `Gatherer.committed` is called later.
 
         One that is not hurried may wait for another to share a commit with.
         """
 
-    def append_checkpoint(self, seq: int, snapshot: bytes) -> None:
-        """Queues the learner's state after all records up to `seq`."""
+    def append_checkpoint(self, seq: int, take_snapshot: Callable[[], bytes]) -> None:
+        """Queues the learner's state after all records up to `seq`; it is not due any more, even if that raises."""
 
     def find_key(self, key: str) -> RoundClosed | None:
         """The last round that was closed under a key."""

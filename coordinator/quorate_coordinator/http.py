@@ -1,6 +1,7 @@
 """HTTP beside QUIC, on TCP: metrics for Prometheus, and what supervisors look at.
 
-`/healthz` says that the process serves; `/readyz` that it takes rounds (not while it drains).
+`/healthz` says that the process serves; `/readyz` that it takes rounds (not while it drains, nor while none can be
+recorded).
 """
 
 import asyncio
@@ -85,7 +86,7 @@ class HttpServer:
     async def _readyz(self, request: Request) -> Response:
         if self._is_ready():
             return PlainTextResponse("ready\n")
-        return PlainTextResponse("draining\n", status_code=503)
+        return PlainTextResponse("not ready\n", status_code=503)
 
 
 def _bind_tcp(host: str, port: int) -> socket.socket:

@@ -139,8 +139,8 @@ class Ledger:
         self._offer(record)
         return record
 
-    def experience(self, experience: Experience) -> tuple[ExperienceTaken, Report]:
-        """Hands the learner what an agent told of its own accord."""
+    def experience(self, experience: Experience) -> tuple[ExperienceTaken, Report | None]:
+        """Hands the learner what an agent told of its own accord; without a report there is nothing to record."""
         record = ExperienceTaken(experience.agent, experience.topic, experience.body)
         return record, self._process(record)
 
@@ -241,7 +241,7 @@ class Ledger:
         except Exception:
             log.exception("learner_failed_to_take_late", round=late.round, task=late.task)
 
-    def _process(self, taken: ExperienceTaken) -> Report:
+    def _process(self, taken: ExperienceTaken) -> Report | None:
         try:
             return self.learner.process_message(Experience(taken.agent, taken.topic, taken.body))
         except Exception:

@@ -7,38 +7,72 @@ from typing import Final, Self
 
 import structlog
 
+from quorate_coordinator.journal.database import Lock
 from quorate_coordinator.journal.errors import JournalUnusable
 from quorate_coordinator.journal.prune import Retention
 from quorate_coordinator.journal.reader import JournalReader
-from quorate_coordinator.journal.records import Record, RoundClosed
+from quorate_coordinator.journal.records import ExperienceTaken, Record, RoundClosed
 from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_coordinator.journal.writer import Journal
 from quorate_coordinator.learner.api import Learner
 from quorate_coordinator.ledger import interrupt
 from quorate_coordinator.recovery import Recovered, recover
 from quorate_coordinator.settings import Settings
-from quorate_protocol.errors import CallFailed
+from quorate_protocol.errors import CallFailed, ConfigurationError
 
 log = structlog.get_logger()
 
-#: Seconds between two looks for what is too old.
+#: Seconds between two looks for what is too old, and whether the journal has become far too large.
 PRUNE_INTERVAL_S: Final = 600.0
+PRUNE_SIZE_INTERVAL_S: Final = 10.0
+
+#: Far too large is this much over `journal.keep_bytes`, as a part of it.
+_PRUNE_EXCESS: Final = 0.25
+
+#: Experiences that are a restart's work like one round.
+_EXPERIENCES_PER_ROUND: Final = 10
+
+#: Bytes of records after which the learner's state is written down, whatever they are: nothing can be pruned that no
+#: checkpoint covers, and what is replayed is read.
+CHECKPOINT_BYTES: Final = 16 << 20
 
 #: Seconds that the last records may take to become durable when the coordinator ends.
 CLOSE_TIMEOUT_S: Final = 5.0
 
 
+def lock_state_dir(settings: Settings) -> Lock | None:
+    """Keeps a second coordinator out of a state directory that has no journal: one that has is locked with it.
+
+    Raises:
+        ConfigurationError: another coordinator uses it, or it cannot be made.
+    """
+    if settings.journal.sync != "off":
+        return None
+    try:
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError("state_dir", f"cannot be made: {error.strerror or error}") from error
+    return Lock(settings.state_dir / JOURNAL_NAME)
+
+
 class Recording:
     """A journal that is open for writing."""
 
-    def __init__(self, journal: Journal, reader: JournalReader, first_seq: int, damaged: int) -> None:
+    def __init__(
+        self, journal: Journal, reader: JournalReader, first_seq: int, recovered: Recovered, checkpoint_rounds: int
+    ) -> None:
         """See `open`."""
         self.journal: Final = journal
         #: Number of the first record of this run.
         self.first_seq: Final = first_seq
         self._reader = reader
+        # What a restart would replay, in experiences, and from how many bytes on. What no checkpoint of earlier runs
+        # covers counts as rounds: however often a coordinator dies, it must not pile up.
+        self._checkpoint_work = checkpoint_rounds * _EXPERIENCES_PER_ROUND
+        self._work = recovered.replayed * _EXPERIENCES_PER_ROUND
+        self._checkpoint_bytes = 0
         #: Times that something was read that is not as it was written.
-        self.damaged_total = damaged
+        self.damaged_total = len(recovered.damaged)
 
     @classmethod
     def open(
@@ -83,7 +117,7 @@ class Recording:
             interrupted=len(recovered.cut_off),
             seconds=round(time.monotonic() - began_at, 3),
         )
-        return cls(journal, reader, first_seq, len(recovered.damaged)), recovered
+        return cls(journal, reader, first_seq, recovered, settings.journal.checkpoint_rounds), recovered
 
     @property
     def file_bytes(self) -> int:
@@ -98,13 +132,32 @@ class Recording:
         """Whether so much waits to be written that nothing more should."""
         return self.journal.is_full
 
+    @property
+    def is_half_full(self) -> bool:
+        """Whether what waits leaves room for rounds alone."""
+        return self.journal.is_half_full
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether a restart would replay so much that the learner's state should be written down."""
+        return (
+            self._work >= self._checkpoint_work
+            or self.journal.record_bytes - self._checkpoint_bytes >= CHECKPOINT_BYTES
+        )
+
     def append(self, record: Record, at: float, *, hurried: bool) -> int:
         """Queues a record, made at `at` (Unix seconds); returns its number."""
-        return self.journal.append(record, at=at, hurried=hurried)
+        seq = self.journal.append(record, at=at, hurried=hurried)
+        if isinstance(record, RoundClosed):
+            self._work += _EXPERIENCES_PER_ROUND
+        elif isinstance(record, ExperienceTaken):
+            self._work += 1
+        return seq
 
-    def append_checkpoint(self, seq: int, snapshot: bytes) -> None:
-        """Queues the learner's state after all records up to `seq`."""
-        self.journal.append_checkpoint(seq, snapshot, at=time.time())
+    def append_checkpoint(self, seq: int, take_snapshot: Callable[[], bytes]) -> None:
+        """Queues the learner's state after all records up to `seq`; it is not due any more, even if that raises."""
+        self._work, self._checkpoint_bytes = 0, self.journal.record_bytes
+        self.journal.append_checkpoint(seq, take_snapshot(), at=time.time())
 
     def find_key(self, key: str) -> RoundClosed | None:
         """The last round that was closed under a key.
@@ -139,8 +192,14 @@ class Recording:
             settings: how much that is.
             awaiting: tells the rounds whose truth may come: they stay.
         """
+        loop = asyncio.get_running_loop()
+        pruned_at = loop.time()
         while True:
-            await asyncio.sleep(PRUNE_INTERVAL_S)
+            await asyncio.sleep(PRUNE_SIZE_INTERVAL_S)
+            is_large = self.file_bytes > settings.journal.keep_bytes * (1 + _PRUNE_EXCESS)
+            if not is_large and loop.time() < pruned_at + PRUNE_INTERVAL_S:
+                continue
+            pruned_at = loop.time()
             keep = Retention(
                 keep_s=settings.journal.keep_days * 86_400.0,
                 keep_bytes=settings.journal.keep_bytes,

@@ -20,6 +20,7 @@ from quorate_coordinator.fleet import Fleet
 from quorate_coordinator.from_settings import find_credentials, round_policy
 from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.http import HttpServer
+from quorate_coordinator.journal.database import Lock
 from quorate_coordinator.learner.api import Learner
 from quorate_coordinator.learner.fixed_share import LEARNING_RATE, SHARE
 from quorate_coordinator.learner.vote import VoteLearner
@@ -27,7 +28,7 @@ from quorate_coordinator.ledger import Ledger
 from quorate_coordinator.metrics import Metrics, Sources
 from quorate_coordinator.modalities import Modalities, load_consumers
 from quorate_coordinator.operators import Operators
-from quorate_coordinator.recording import Recording
+from quorate_coordinator.recording import Recording, lock_state_dir
 from quorate_coordinator.recovery import Recovered
 from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_coordinator.rounds.book import BookLimits
@@ -104,6 +105,7 @@ class Coordinator:
         self.modalities: Final = Modalities(lambda experience: self._gatherer.experience(experience))
         self._given_learner = learner
         self._recording: Recording | None = None
+        self._lock: Lock | None = None
         self._server: Server | None = None
         self._http = HttpServer(self.metrics.registry, lambda: self.is_ready)
         self._token = ""
@@ -135,6 +137,7 @@ class Coordinator:
             self._client_tls = ClientTls(development.ca_file)
         # Reading a long journal takes a while: the loop has nothing else to do yet. It is first, because its lock
         # keeps a second coordinator out of the state directory.
+        self._lock = lock_state_dir(settings)
         opened = Recording.open(settings, self._make_learner, self._restore_learner)
         recording, recovered = (None, None) if opened is None else opened
         self._recording = recording
@@ -221,11 +224,10 @@ class Coordinator:
             numbers=numbers,
             first_round=numbers.first if recovered is None else max(numbers.first, recovered.next_round),
             first_seq=1 if recording is None else recording.first_seq,
-            checkpoint_rounds=settings.journal.checkpoint_rounds,
             observe_duration=self.metrics.observe_duration,
         )
         if recovered is not None:
-            gatherer.recall(recovered.awaiting, recovered.replayed)
+            gatherer.recall(recovered.awaiting)
         return gatherer
 
     def _make_operators(self, store: BlobStore) -> Operators:
@@ -296,6 +298,8 @@ class Coordinator:
         recording, self._recording = self._recording, None
         if recording is not None:
             await recording.close()
+        if self._lock is not None:
+            self._lock.release()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -338,7 +342,7 @@ class Coordinator:
     @property
     def is_ready(self) -> bool:
         """Whether rounds are taken."""
-        return self._server is not None and not self._is_draining
+        return self._server is not None and not self._is_draining and not self._gatherer.recording_problem
 
     @property
     def is_recording(self) -> bool:

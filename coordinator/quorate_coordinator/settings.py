@@ -205,7 +205,8 @@ class JournalSettings(_Section):
     )
     checkpoint_rounds: Count = Field(
         1000,
-        description="Rounds after which the learner's state is recorded, so that a restart replays no more of them.",
+        description="Rounds after which the learner's state is recorded, so that a restart replays no more of them. "
+        "Ten experiences count as one, and 16 MiB of records as all of them.",
     )
 
 

@@ -219,7 +219,7 @@ async def test_ready_until_it_drains_and_healthy_until_the_end(served: Served) -
         assert (response.status_code, response.text) == (200, text)
     await served.fleet.coordinator.drain()
     draining = await served.get("/readyz")
-    assert (draining.status_code, draining.text) == (503, "draining\n")
+    assert (draining.status_code, draining.text) == (503, "not ready\n")
     assert (await served.get("/healthz")).status_code == 200
     assert (await served.metrics())["quorate_rounds_open",] == 0
     await served.fleet.coordinator.close()

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ _WAL_BYTES_KEPT: Final = 32 << 20
 #: Results of SQLite that mean the file's content. Anything else is the machine's.
 _DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
 
+#: A file that is so near to the most that one may have could not take SQLite's largest page.
+_LIMIT_MARGIN_BYTES: Final = 1 << 16
+
 
 class Lock:
     """The right to write a journal, until `release` or the end of the process.
@@ -40,7 +44,8 @@ class Lock:
     """
 
     def __init__(self, file: Path) -> None:
-        path = file.with_name(file.name + ".lock")
+        self.file: Final = _beside(file, ".lock")
+        path = self.file
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -55,6 +60,7 @@ class Lock:
             raise JournalInUse(file, f" (pid {owner})" if owner.isdecimal() else "") from None
         # On a full disk the pid is not told; the lock holds all the same.
         with contextlib.suppress(OSError):
+            os.fchmod(self._descriptor, 0o600)  # where somebody has copied it
             if os.geteuid() == 0:  # so that the coordinator's own user can open it later
                 owner_of = path.parent.stat()
                 os.fchown(self._descriptor, owner_of.st_uid, owner_of.st_gid)
@@ -72,6 +78,43 @@ class Lock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+class OpenFiles:
+    """The files of a journal that is being written, as they were opened. SQLite goes on writing into a file that was
+    removed, moved or replaced since, or cut, and nobody finds that again.
+
+    Args:
+        file: has a connection that writes.
+        lock: its lock.
+    """
+
+    def __init__(self, file: Path, lock: Lock) -> None:
+        self._wal = _beside(file, "-wal")
+        self._opened = {path: _identify(path) for path in (file, self._wal, lock.file)}
+        self._wal_bytes = 0
+
+    def check(self) -> None:
+        """To be called before something is written, and after, before anybody counts on it.
+
+        Raises:
+            JournalUnusable: a file is not the one that was opened, or has lost something.
+        """
+        for path, opened in self._opened.items():
+            found = _identify(path)
+            if found[:2] != opened[:2]:
+                raise JournalUnusable(
+                    path, "was removed, moved or replaced since it was opened; put it back, or restart the coordinator"
+                )
+            if path == self._wal and found[2] < self._wal_bytes:
+                raise JournalUnusable(
+                    path,
+                    "was cut since it was written, and records with it; restart the coordinator",
+                )
+
+    def wrote(self) -> None:
+        """Something was written: the write-ahead log is as long as it should be, and grows from here."""
+        self._wal_bytes = _identify(self._wal)[2]
 
 
 def connect_to_write(file: Path, sync: Sync) -> sqlite3.Connection:
@@ -92,8 +135,9 @@ def connect_to_write(file: Path, sync: Sync) -> sqlite3.Connection:
     try:
         with damage_told(file):
             find_version(connection, file)  # what is not ours is not touched
-            with contextlib.suppress(OSError):
-                file.chmod(0o600)  # where somebody has copied it
+            for path in (file, _beside(file, "-wal"), _beside(file, "-shm")):
+                with contextlib.suppress(OSError):
+                    path.chmod(0o600)  # where somebody has copied it
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of effect before the first table only
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
@@ -148,14 +192,39 @@ def damage_told(file: Path) -> Iterator[None]:
         if code in _DAMAGE or (code == sqlite3.SQLITE_ERROR and isinstance(error, sqlite3.OperationalError)):
             # An unknown table or column: the schema itself is damaged.
             raise JournalDamaged(file, f"SQLite says: {error}") from error
-        raise JournalUnusable(file, f"cannot be used now: {explain(error)}") from error
+        raise JournalUnusable(file, f"cannot be used now: {explain(error, file)}") from error
 
 
-def explain(error: sqlite3.Error) -> str:
-    """What SQLite could not do, for people."""
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+def explain(error: sqlite3.Error, file: Path) -> str:
+    """What SQLite could not do with a journal, for people."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
         return "there is no space left on its disk"
+    if code == sqlite3.SQLITE_CONSTRAINT:
+        return (
+            f"{file} has records already that this process has not written: another coordinator uses it, "
+            "which its lock file prevents; stop that one and restart this one"
+        )
+    if code == sqlite3.SQLITE_IOERR:
+        # SQLite keeps to itself what the system said.
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        largest = max(_identify(path)[2] for path in (file, _beside(file, "-wal")))
+        if limit != resource.RLIM_INFINITY and largest > limit - _LIMIT_MARGIN_BYTES:
+            return f"no file of this process may have over {limit} bytes (ulimit -f, or systemd's LimitFSIZE)"
     return str(error)
+
+
+def _beside(file: Path, suffix: str) -> Path:
+    return file.with_name(file.name + suffix)
+
+
+def _identify(path: Path) -> tuple[int, int, int]:
+    """Device, number on it, and size in bytes; zeros where there is no such file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0, 0
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def _check_access(file: Path, mode: int) -> None:

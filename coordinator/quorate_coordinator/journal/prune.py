@@ -61,13 +61,20 @@ class _Step:
 
 
 def prune(
-    connection: sqlite3.Connection, retention: Retention, now_s: float, *, dry_run: bool = False
+    connection: sqlite3.Connection,
+    retention: Retention,
+    now_s: float,
+    *,
+    up_to_seq: int | None = None,
+    dry_run: bool = False,
 ) -> Iterator[PruneReport]:
     """Prunes, a step whenever the iterator is asked to go on; yields the same report again and again, which grows.
 
     Args:
         connection: in autocommit mode, with the right to write.
         now_s: Unix time.
+        up_to_seq: the last record that there was when the caller named the rounds that it needs; None, where nobody
+            writes meanwhile. What has come since stays.
         dry_run: only count.
 
     Raises:
@@ -76,6 +83,8 @@ def prune(
     report = PruneReport()
     yield report
     bound = _covered_seq(connection)
+    if up_to_seq is not None:
+        bound = min(bound, up_to_seq)
     excess = _excess(connection, retention)
     cursor = 0
     while bound:
@@ -148,6 +157,10 @@ def _choose(
     seen: set[int] = set()
     for seq, number, at, size in rows:
         is_over = step.bytes < excess
+        if at > now_s and not is_over:
+            # Written while the clock was ahead: it says nothing about those after it.
+            step.cursor = seq
+            continue
         if at >= oldest_s and not is_over:
             step.is_last = True  # those after it are younger, or will be looked at another day
             break

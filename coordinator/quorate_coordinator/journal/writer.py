@@ -18,7 +18,7 @@ from typing import Any, Final, Self, TypeVar
 
 import structlog
 
-from quorate_coordinator.journal.database import Lock, Sync, connect_to_write, damage_told, explain
+from quorate_coordinator.journal.database import Lock, OpenFiles, Sync, connect_to_write, damage_told, explain
 from quorate_coordinator.journal.errors import JournalUnusable, RecordInvalid
 from quorate_coordinator.journal.prune import PruneReport, Retention, prune
 from quorate_coordinator.journal.reader import JournalReader
@@ -44,6 +44,9 @@ _GROUP_BYTES: Final = 8 << 20
 _RETRY_S: Final = 0.5
 _RETRY_S_MAX: Final = 5.0
 
+#: Seconds between two looks whether the files are still those that were opened, while nothing is written.
+_LOOK_S: Final = 1.0
+
 #: Seconds that a record which nobody waits for may be held back.
 _HELD_S: Final = 0.01
 
@@ -65,6 +68,7 @@ class _Snapshot:
 class _Pruning:
     retention: Retention
     now_s: float
+    up_to_seq: int
     done: "asyncio.Future[PruneReport]"
     report: PruneReport = field(default_factory=PruneReport)
 
@@ -89,6 +93,7 @@ class Journal:
         self.file: Final = file
         self._lock = lock
         self._connection = connection
+        self._files = OpenFiles(file, lock)
         self._queue: queue.SimpleQueue[_Queued | _Snapshot | _Pruning | asyncio.Future[None] | None] = (
             queue.SimpleQueue()
         )
@@ -101,6 +106,8 @@ class Journal:
         self._release_timer: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._last_seq = last_seq
+        #: Bytes of the records that were appended since it was opened.
+        self.record_bytes = 0
         # Each counter has one thread that writes it; what is pending is their difference.
         self._queued_bytes = 0
         self._queued_records = 0
@@ -140,7 +147,8 @@ class Journal:
         Args:
             loop: where these are called:
             on_committed: everything up to this record is durable; once for each commit.
-            on_failed: a commit failed, and why, for an operator; it is being tried again. Once until it recovers.
+            on_failed: a commit failed or would be lost, and why, for an operator; it is being tried again. Once until
+                it recovers.
             on_recovered: commits succeed again.
         """
         assert self._thread is None
@@ -170,6 +178,7 @@ class Journal:
             )
         seq = self._last_seq = self._last_seq + 1
         key = record.key if isinstance(record, RoundOpened) else None
+        self.record_bytes += len(payload)
         self._queued_bytes += len(payload)
         self._queued_records += 1
         row = (seq, record.kind, record.round, at, key, payload)
@@ -217,7 +226,8 @@ class Journal:
             What was taken; fails with `JournalUnusable`, and is cancelled when the journal closes first.
         """
         done = asyncio.get_running_loop().create_future()
-        self._put(_Pruning(retention, now_s, done))
+        # The caller knows which rounds it needs as of now: what comes while this waits for its turn is no part of it.
+        self._put(_Pruning(retention, now_s, self._last_seq, done))
         return done
 
     async def flush(self) -> None:
@@ -263,7 +273,15 @@ class Journal:
     @property
     def is_full(self) -> bool:
         """Whether so much waits for the disk that no round should be opened."""
-        return self.pending_bytes >= PENDING_BYTES_MAX or self.pending_records >= PENDING_RECORDS_MAX
+        return self._fills(1)
+
+    @property
+    def is_half_full(self) -> bool:
+        """Whether so much waits for the disk that the rest of the room should be left to rounds."""
+        return self._fills(2)
+
+    def _fills(self, parts: int) -> bool:
+        return self.pending_bytes >= PENDING_BYTES_MAX // parts or self.pending_records >= PENDING_RECORDS_MAX // parts
 
 
 class _Committer:
@@ -284,6 +302,11 @@ class _Committer:
         self._on_failed = on_failed
         self._on_recovered = on_recovered
         self._prunings: deque[tuple[_Pruning, Iterator[PruneReport]]] = deque()
+        self._files = journal._files
+        #: Whether `on_failed` was called last.
+        self._has_failed = False
+        #: Whether the group that is being written may be there, although the last commit has failed.
+        self._may_be_there = False
 
     def run(self) -> None:
         waiting: list[asyncio.Future[Any]] = []
@@ -293,12 +316,18 @@ class _Committer:
                 group = self._take_group(wait=not self._prunings)
                 is_last = group.is_last
                 waiting = [*group.flushes, *(one.done for one in group.prunings)]
-                if (group.rows or group.snapshots) and not self._commit(group):
-                    return
+                if group.rows or group.snapshots:
+                    if not self._commit(group):
+                        return
+                else:
+                    self._look()
                 for flush in group.flushes:
                     self._tell(_resolve, flush, None)
                 waiting = []
-                self._prunings += [(one, prune(self._connection, one.retention, one.now_s)) for one in group.prunings]
+                self._prunings += [
+                    (one, prune(self._connection, one.retention, one.now_s, up_to_seq=one.up_to_seq))
+                    for one in group.prunings
+                ]
                 if self._prunings and not is_last:
                     self._prune()
         except Exception:  # noqa: BLE001  nobody else would hear of it
@@ -312,11 +341,11 @@ class _Committer:
             self._journal._lock.release()
 
     def _take_group(self, *, wait: bool) -> _Group:
-        """All that is queued, up to the ceiling of one transaction."""
+        """All that is queued, up to the ceiling of one transaction; waits for the first, but not for ever."""
         group = _Group()
         take = self._journal._queue.get
         try:
-            item = take(wait)
+            item = take(wait, _LOOK_S)
             while True:
                 match item:
                     case tuple():
@@ -349,33 +378,56 @@ class _Committer:
         while True:
             is_closing = self._journal._closing.is_set()
             try:
+                self._files.check()
                 self._write(rows, group.snapshots)
+                self._files.check()
                 break
-            except sqlite3.Error as error:
+            except (sqlite3.Error, JournalUnusable) as error:
                 with contextlib.suppress(sqlite3.Error):
                     self._connection.rollback()
-                if not pause_s:
-                    _log.error("journal_commit_failed", file=str(self._journal.file), error=str(error))
-                    self._tell(self._on_failed, f"the journal cannot be written: {explain(error)}")
+                self._failed(error)
                 if is_closing:
                     return False
                 pause_s = min(pause_s * 2 or _RETRY_S, _RETRY_S_MAX)
                 self._journal._closing.wait(pause_s)
         self._journal._done_bytes += group.bytes
         self._journal._done_records += len(group.rows) + len(group.snapshots)
-        if pause_s:
-            _log.info("journal_recovered", file=str(self._journal.file))
-            self._tell(self._on_recovered)
+        self._may_be_there = False
+        self._recovered()
         if group.rows:
             self._tell(self._on_committed, group.rows[-1][0])
         return True
 
+    def _look(self) -> None:
+        """Whether what would be written now could be found again."""
+        try:
+            self._files.check()
+        except JournalUnusable as error:
+            self._failed(error)
+        else:
+            self._recovered()
+
+    def _failed(self, error: sqlite3.Error | JournalUnusable) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            file = self._journal.file
+            problem = str(error) if isinstance(error, JournalUnusable) else explain(error, file)
+            _log.error("journal_commit_failed", file=str(file), error=str(error))
+            self._tell(self._on_failed, f"the journal cannot be written: {problem}")
+
+    def _recovered(self) -> None:
+        if self._has_failed:
+            self._has_failed = False
+            _log.info("journal_recovered", file=str(self._journal.file))
+            self._tell(self._on_recovered)
+
     def _write(self, rows: Sequence[tuple[object, ...]], snapshots: list[_Snapshot]) -> None:
-        # REPLACE: where the disk failed after a commit, the group may be there already.
+        # REPLACE only where a commit of the same group has failed half-way: what is there otherwise is another's.
+        verb = "INSERT OR REPLACE" if self._may_be_there else "INSERT"
         connection = self._connection
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany(
-            "INSERT OR REPLACE INTO records (seq, kind, round, at, key, digest, payload) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            f"{verb} INTO records (seq, kind, round, at, key, digest, payload) VALUES (?, ?, ?, ?, ?, ?, ?)",
             rows,
         )
         for one in snapshots:
@@ -388,14 +440,18 @@ class _Committer:
                 "DELETE FROM checkpoints WHERE seq NOT IN (SELECT seq FROM checkpoints ORDER BY seq DESC LIMIT ?)",
                 (_CHECKPOINTS_KEPT,),
             )
+        self._may_be_there = True
         connection.execute("COMMIT")
+        self._files.wrote()
 
     def _prune(self) -> None:
         """One step of the pruning that was asked for first."""
         pruning, steps = self._prunings[0]
         try:
             with damage_told(self._journal.file):
+                self._files.check()
                 report = next(steps, None)
+                self._files.wrote()
         except JournalUnusable as error:
             self._prunings.popleft()
             self._tell(_fail, pruning.done, error)

@@ -202,8 +202,8 @@ class Learner(Protocol):
         """Takes an answer that came too late for its round: how slow its agent is, say."""
         ...
 
-    def process_message(self, experience: Experience) -> Report:
-        """Takes what an agent tells of its own accord."""
+    def process_message(self, experience: Experience) -> Report | None:
+        """Takes what an agent tells of its own accord; None where that changed nothing, and is not to be recorded."""
         ...
 
     def snapshot(self) -> bytes:

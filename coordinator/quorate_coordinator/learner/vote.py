@@ -153,9 +153,8 @@ class VoteLearner:
         self._count_latency(late.reply)
         self._forget()
 
-    def process_message(self, experience: Experience) -> Report:
+    def process_message(self, experience: Experience) -> None:
         """Nothing: a vote learns from truths alone."""
-        return Report()
 
     def weights(self, task: str) -> Mapping[str, float]:
         """Weight of each agent known for the task, sorted by agent, in all 1. Empty for an unknown task."""
