@@ -9,6 +9,7 @@ import pytest
 from journal_making import (
     EPOCH_S,
     PATIENCE_S,
+    Heard,
     closed,
     execute,
     experience,
@@ -26,6 +27,7 @@ from quorate_coordinator.journal.prune import PruneReport, Retention, prune
 from quorate_coordinator.journal.reader import Checkpoint, JournalReader, Pruned
 from quorate_coordinator.journal.records import Record
 from quorate_coordinator.journal.verify import verify
+from quorate_coordinator.journal.writer import Journal
 
 
 @pytest.fixture
@@ -241,3 +243,33 @@ async def test_closing_ends_pruning_between_two_steps(file: Path) -> None:
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(pruning, PATIENCE_S)
     assert verify(file).problems == []
+
+
+async def test_what_came_after_pruning_was_asked_for_stays(file: Path) -> None:
+    """Whoever asks names the rounds that it needs as of then."""
+    journal, heard = Journal.open(file), Heard()
+    for record in rounds(3):
+        journal.append(record, at=EPOCH_S)
+    pruning = journal.prune(Retention(keep_bytes=0, rounds={2}), now_s=EPOCH_S)
+    for record in [opened(4), closed(4), *rounds(1, 5)]:
+        journal.append(record, at=EPOCH_S)
+    journal.append_checkpoint(journal.last_seq, b"state", at=EPOCH_S)
+    heard.start(journal)  # with all of it in the queue, as behind a slow disk
+    assert (await asyncio.wait_for(pruning, PATIENCE_S)).rounds == 2
+    assert journal.close(PATIENCE_S)
+    assert rounds_in(file) == [2, 4, 5]
+
+
+@pytest.mark.parametrize("ahead", [1, 200])
+async def test_records_from_a_clock_that_was_ahead_do_not_keep_older_ones(file: Path, ahead: int) -> None:
+    async with journalling(file) as (journal, _):
+        for record in rounds(ahead):
+            journal.append(record, at=EPOCH_S * 2)
+        for record in [experience(), *rounds(200, ahead + 1)]:
+            journal.append(record, at=EPOCH_S)
+        for record in rounds(1, ahead + 201):
+            journal.append(record, at=EPOCH_S + 2)
+        journal.append_checkpoint(journal.last_seq, b"state", at=EPOCH_S)
+        report = await journal.prune(Retention(keep_s=1), now_s=EPOCH_S + 2)
+        assert (report.rounds, report.records) == (200, 801)
+    assert rounds_in(file) == [*range(1, ahead + 1), ahead + 201]
