@@ -334,11 +334,19 @@ class _Committer:
             _log.exception("journal_thread_failed")
             self._tell(self._on_failed, "the journal's thread has ended, which is a mistake in Quorate; see its log")
         finally:
-            for future in [*waiting, *(pruning.done for pruning, _ in self._prunings)]:
+            for future in [*waiting, *(pruning.done for pruning, _ in self._prunings), *self._left_waiting()]:
                 self._tell(future.cancel)
             with contextlib.suppress(sqlite3.Error):
                 self._connection.close()
             self._journal._lock.release()
+
+    def _left_waiting(self) -> Iterator["asyncio.Future[Any]"]:
+        """What waits behind a group that could not be written."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                match self._journal._queue.get_nowait():
+                    case _Pruning(done=done) | (asyncio.Future() as done):
+                        yield done
 
     def _take_group(self, *, wait: bool) -> _Group:
         """All that is queued, up to the ceiling of one transaction; waits for the first, but not for ever."""
