@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import importlib.util
+import inspect
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -202,6 +203,8 @@ def _load(setting: str, reference: str) -> Consumer:
     consumer = getattr(module, name, None)
     if not callable(consumer):
         raise ConfigurationError(setting, f"{where} has no function {name!r}")
+    if not (inspect.iscoroutinefunction(consumer) or inspect.iscoroutinefunction(type(consumer).__call__)):
+        raise ConfigurationError(setting, f"{name!r} of {where} is not an async function")
     loaded: Consumer = consumer
     return loaded
 

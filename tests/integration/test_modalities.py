@@ -331,6 +331,7 @@ async def test_unwanted_streams_are_logged_once(fleet: Fleet) -> None:
         ("nonsense", "is not MODULE:FUNCTION"),
         ("no_such_module_here:take", "cannot load no_such_module_here"),
         ("json:no_such_function", "has no function 'no_such_function'"),
+        ("json:loads", "'loads' of json is not an async function"),
         ("/no/such/file.py:take", "there is no file"),
     ],
 )

@@ -159,6 +159,22 @@ async def test_killed_right_after_an_outcome_was_printed(restarting: Restarting)
     assert outcomes_in(restarting.journal)[printed["round"]].value == {"x": 1}
 
 
+async def test_a_feed_that_lost_its_coordinator_says_how_to_go_on(restarting: Restarting) -> None:
+    feed = ("feed", "-", "--task", "echo", "--target", "y")
+    async with agents(restarting, echo("a")):
+        async with running(*feed, "--skip", "1", **restarting.environ) as feeding:
+            await feeding.write("x,y\n0,0\n1,1\n2,2\n")
+            await until(lambda: sum(isinstance(one, TruthTold) for one in records_in(restarting.journal)) == 2)
+            await restarting.kill()
+            await restarting.start()
+            await feeding.write("3,3\n")
+            ended = await feeding.end()
+        assert ended.code == 5
+        assert ended.line.startswith("quorate: -, line 5: ")
+        assert ended.line.endswith("; to go on from there: --skip 3")
+        assert "2 rounds in " in ended.out
+
+
 async def test_killed_again_and_again_while_it_reads_its_journal(restarting: Restarting) -> None:
     """Each start makes its records durable before anybody may count on them, and replays no more than it must."""
     async with agents(restarting, echo("a")):

@@ -51,11 +51,12 @@ def quorate(tmp_path: Path) -> Command:
         ("[rounds]\ndedline_s = 1", "rounds.dedline_s: unknown setting; did you mean deadline_s?"),
         ("[round]\ndeadline_s = 1", "round: unknown section; did you mean rounds?"),
         ('listen = "4433"', "listen: '4433' is not an address: an address looks like HOST:PORT"),
-        ("[rounds\n", "DIR/coordinator.toml: is not TOML: "),
+        ("[rounds\n", "is not TOML: "),
         ('[auth]\ntoken_file = "absent"', "DIR/absent: no such file; it should hold the token"),
         ('[auth]\ntoken_file = "open-token"', "DIR/open-token: holds a token but others may read it (mode 0644)"),
         ('[tls]\ncertificate_file = "garbage"\nkey_file = "garbage"', "tls.certificate_file: cannot read "),
         ('[tls]\ncertificate_file = "absent"\nkey_file = "garbage"', "tls.certificate_file: cannot read "),
+        ('[consumers]\nvideo = "absent:take"', "consumers.video: cannot load absent"),
         ('[tls]\nkey_file = "garbage"', "tls.certificate_file: must be set, because tls.key_file is"),
     ],
 )
@@ -72,6 +73,9 @@ def test_settings_from_variables_and_a_file_that_is_not_there(quorate: Command) 
     garbage = str(quorate.folder / "garbage")
     assert quorate.fails("coordinator", "--check", QUORATE_STATE_DIR=garbage) == (
         "state_dir: DIR/garbage is not a directory"
+    )
+    assert quorate.fails("coordinator", "--check", QUORATE_STATE_DIR=f"{garbage}/state") == (
+        "state_dir: DIR/garbage/state cannot be made: DIR/garbage cannot be written"
     )
     for arguments, environ in (
         (("--config", "DIR/absent.toml"), {}),

@@ -28,7 +28,7 @@ from quorate_coordinator.feeding.run import AskOptions
 from quorate_coordinator.feeding.run import feed as feed_instances
 from quorate_coordinator.feeding.sources import FileFormat, Instance, SourceInvalid, read_instances
 from quorate_coordinator.feeding.tally import Tally
-from quorate_protocol.errors import ConfigurationError, QuorateError
+from quorate_protocol.errors import CallFailed, ConfigurationError, LinkError, QuorateError
 
 
 def reveal(
@@ -129,6 +129,8 @@ def feed(
             problem, code = common.explain(error)
             if line and not isinstance(error, SourceInvalid | KeyboardInterrupt):
                 problem = f"{file}, line {line}: {problem}"
+            if tally.instances and (isinstance(error, LinkError) or (isinstance(error, CallFailed) and error.retry)):
+                problem += f"; to go on from there: --skip {skip + tally.instances}"
     elapsed_s = time.monotonic() - began
     # What was answered before an error is not lost.
     if not problem or tally.instances:

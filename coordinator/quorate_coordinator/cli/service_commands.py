@@ -70,7 +70,8 @@ def coordinator(
             relax_collector()
             code = asyncio.run(run_daemon(settings))
         except ConfigurationError as error:
-            common.fail(f"{config}: {error}" if config is not None else str(error), common.EXIT_USAGE)
+            is_named = config is None or str(error).startswith(f"{config}: ")
+            common.fail(str(error) if is_named else f"{config}: {error}", common.EXIT_USAGE)
     raise typer.Exit(code)
 
 
