@@ -166,6 +166,8 @@ def _pack_default(value: Any) -> Any:
         )
     if isinstance(value, datetime.datetime):
         raise TypeError(f"the time {value} has no zone")
+    if isinstance(value, int):
+        raise TypeError(f"an integer of {value.bit_length()} bits is over the 64 that msgpack has")
     raise TypeError(f"a {type(value).__name__} has no msgpack form")
 
 
