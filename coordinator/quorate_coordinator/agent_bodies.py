@@ -98,32 +98,44 @@ class BodyDesk:
     awaits_s: Callable[[str, int, int | None], float]
 
 
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """A reply whose body is waited for."""
+
+    #: Over which the reply came, and the body does.
+    link: "AgentLink"
+    task: asyncio.Task[None]
+    #: Whether the task has begun, and so claimed the body.
+    has_claimed: bool = False
+
+
 class AgentBodies:
     """See the module."""
 
-    __slots__ = ("_agent", "_claimed", "_desk", "_feedback", "_replies", "_sending")
+    __slots__ = ("_agent", "_desk", "_feedback", "_replies", "_sending")
 
     def __init__(self, agent: str, desk: BodyDesk) -> None:
         self._agent = agent
         self._desk = desk
         #: By round, tasks that send its question, and over which link; under 0 those that send truths.
         self._sending: dict[int, dict[asyncio.Task[None], AgentLink]] = {}
-        #: By round, the task that waits for the reply's body.
-        self._replies: dict[int, asyncio.Task[None]] = {}
-        #: Those of them whose task has begun, and so claimed its body.
-        self._claimed: set[int] = set()
+        #: By round; those of a link before the present one too, as long as what came over it is being read.
+        self._replies: dict[int, _Answer] = {}
         #: Truths that have not been delivered.
         self._feedback: OrderedDict[int, tuple[Blob, Bulk]] = OrderedDict()
 
     # --- to the agent ---
 
     def send(self, link: "AgentLink | None", blob: Blob, header: Bulk) -> None:
-        """Sends the body of an assignment or a feedback, whose frame goes before; a truth waits for the next link."""
+        """Sends the body of an assignment or a feedback, whose frame goes before, over a link that takes frames.
+
+        Where there is none yet, the rounds send an assignment once more, and the truth waits for `resume`.
+        """
         if header.of == "feedback":
             self._feedback[header.round] = (blob, header)
             while len(self._feedback) > _FEEDBACK_MAX:
                 self._feedback.popitem(last=False)
-        if link is not None and not link.connection.is_closed:
+        if link is not None and link.is_taking and not link.connection.is_closed:
             self._begin(link, blob, header)
 
     def resume(self, link: "AgentLink") -> None:
@@ -173,8 +185,9 @@ class AgentBodies:
         ref = reply.bulk
         assert ref is not None
         inbox = self._inbox_of(link)
-        if reply.round in self._replies:
-            # The same once more; the one that came over the link before is still being read, say.
+        known = self._replies.get(reply.round)
+        if known is not None and known.link is link:
+            # The same once more.
             inbox.drop(ref)
             return
         left_s = self._desk.awaits_s(self._agent, reply.round, reply.attempt)
@@ -182,14 +195,18 @@ class AgentBodies:
             inbox.drop(ref)
             self._fail(reply, "its answer was not awaited any more")
             return
+        if known is not None:
+            # It is sent again because it did not come whole over the link before, as far as the agent knows. What is
+            # still being read of that may be cut off: this one is not.
+            known.task.cancel()
         task = asyncio.create_task(self._receive(inbox, reply, left_s), name=f"answer of {self._agent}")
-        self._replies[reply.round] = task
+        self._replies[reply.round] = _Answer(link, task)
         task.add_done_callback(lambda done: self._received(reply.round, done))
 
     async def _receive(self, inbox: BulkInbox, reply: Reply, left_s: float) -> None:
         ref = reply.bulk
         assert ref is not None
-        self._claimed.add(reply.round)
+        self._replies[reply.round].has_claimed = True
         if ref.size > self._desk.store.size_bytes_max:
             error: QuorateError = BodyTooLarge(ref.size, self._desk.store.size_bytes_max)
         else:
@@ -218,9 +235,9 @@ class AgentBodies:
         self._desk.on_reply(self._agent, failed)
 
     def _received(self, round_id: int, task: asyncio.Task[None]) -> None:
-        if self._replies.get(round_id) is task:
+        answer = self._replies.get(round_id)
+        if answer is not None and answer.task is task:
             del self._replies[round_id]
-            self._claimed.discard(round_id)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("answer_not_handed_on", agent=self._agent, round=round_id, exc_info=error)
 
@@ -228,16 +245,17 @@ class AgentBodies:
         if link.inbox is None:
             link.inbox = BulkInbox(
                 self._desk.store,
-                is_wanted=self._is_wanted,
+                is_wanted=lambda header: self._is_wanted(link, header),
                 on_unclaimed=lambda ref: self._desk.refused_total.update(("unreferenced",)),
             )
         return link.inbox
 
-    def _is_wanted(self, header: Bulk) -> bool:
+    def _is_wanted(self, link: "AgentLink", header: Bulk) -> bool:
+        answer = self._replies.get(header.round)
         return (
             header.of == "reply"
             and header.size <= self._desk.store.size_bytes_max
-            and header.round not in self._claimed
+            and not (answer is not None and answer.link is link and answer.has_claimed)
             and self._desk.awaits_s(self._agent, header.round, None) > 0
         )
 
@@ -247,26 +265,31 @@ class AgentBodies:
         """The round is over for the agent: what is on its way in either direction is given up."""
         for task in self._sending.pop(round_id, ()):
             task.cancel()
-        self._claimed.discard(round_id)
-        receiving = self._replies.pop(round_id, None)
-        if receiving is not None:
-            receiving.cancel()
+        answer = self._replies.pop(round_id, None)
+        if answer is not None:
+            answer.task.cancel()
 
-    async def settle(self, timeout_s: float) -> None:
-        """Waits until the answers that have come are handed on."""
-        if self._replies:
-            await asyncio.wait(list(self._replies.values()), timeout=timeout_s)
+    async def settle(self, link: "AgentLink", timeout_s: float) -> bool:
+        """Waits until the answers that have come over a link are handed on; returns whether they are."""
+        tasks = [answer.task for answer in self._replies.values() if answer.link is link]
+        if not tasks:
+            return True
+        _, pending = await asyncio.wait(tasks, timeout=timeout_s)
+        return not pending
 
     async def end_link(self, link: "AgentLink", timeout_s: float) -> None:
-        """A link is over. What had come over it is read to its end, and for longer where the disk is slow."""
+        """A link is over. What had come over it is read to its end, and for longer where the disk is slow.
+
+        An answer that came whole is counted when it is read, however late; one that did not is sent again over the next
+        link and takes the place of what is left of it (`take_reply`).
+        """
         for tasks in self._sending.values():
             for task, over in tasks.items():
                 if over is link:
                     task.cancel()
         if link.inbox is not None:
             link.inbox.end(ConnectionClosed(Code.NO_ERROR, "the link is over"))
-            await self.settle(timeout_s)
-            if not self._replies:
+            if await self.settle(link, timeout_s):
                 link.inbox.close()
 
     def close(self) -> None:

@@ -368,7 +368,7 @@ class Fleet:
                 done, _ = await asyncio.wait([replies], timeout=LEAVE_TIMEOUT_S)
                 if not done:
                     log.debug("agent_left_its_replies_open", agent=link.agent)
-                await member.bodies.settle(LEAVE_TIMEOUT_S)
+                await member.bodies.settle(link, LEAVE_TIMEOUT_S)
                 return "said goodbye"
             else:
                 raise UnexpectedMessage(message.wire_type, "on the control stream")

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import os
 import subprocess
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,25 @@ from coordination import PATIENCE_S, Fleet, RawPeer, coordinating, until
 from processes import coordinator_process
 from quorate_agent import Agent
 from quorate_agent import worker as agent_worker
+from quorate_protocol import blobs
 from quorate_protocol.blobs import BlobBudget, BlobStore, blob_of
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.bulk import header_for, read_header, ref_to, send_blob
 from quorate_protocol.channel import Channel
 from quorate_protocol.client import Client
 from quorate_protocol.errors import BodyMissing, CallFailed, Code, QuorateError, ResetByPeer, StoppedByPeer
-from quorate_protocol.messages import Ask, Assignment, Bulk, Cancellation, Outcome, Reply
+from quorate_protocol.fields import BodyRef
+from quorate_protocol.messages import (
+    Ask,
+    Assignment,
+    Bulk,
+    Cancellation,
+    CoordinationOpened,
+    Feedback,
+    Outcome,
+    Reply,
+    Resume,
+)
 from quorate_protocol.transport import ClientTls, SendStream
 
 MIB = 1 << 20
@@ -75,6 +89,38 @@ def agent_stores(monkeypatch: pytest.MonkeyPatch) -> list[BlobStore]:
 
     monkeypatch.setattr(agent_worker, "make_private_store", noted)
     return stores
+
+
+class SlowDisk:
+    """Spooling waits from a byte of a file on, until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._after_bytes = 1 << 62
+        self._gate = threading.Event()
+        #: Writes that wait.
+        self.waiting = 0
+        append = blobs._SpoolFile.append
+
+        def slowly(file: Any, data: memoryview) -> None:
+            if os.fstat(file.fd).st_size >= self._after_bytes:
+                self.waiting += 1
+                self._gate.wait()
+            append(file, data)
+
+        monkeypatch.setattr(blobs._SpoolFile, "append", slowly)
+
+    def stop_after(self, after_bytes: int) -> None:
+        self._after_bytes = after_bytes
+
+    def go_on(self) -> None:
+        self._gate.set()
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
+    disk = SlowDisk(monkeypatch)
+    yield disk
+    disk.go_on()
 
 
 def refused(fleet: Fleet) -> dict[str, float]:
@@ -240,8 +286,6 @@ def digest_of(array: Any) -> str:
 
 
 def cores() -> list[Any]:
-    import gc
-
     from quorate_agent.core import AgentCore
 
     return [thing for thing in gc.get_objects() if isinstance(thing, AgentCore)]
@@ -587,6 +631,134 @@ class TestBrokenLinks:
         assert agent_stores[0].budget.disk_bytes < 25 * MIB
         gate.set()
         assert ((await asking).value, began) == (24 * MIB, [1])
+
+    async def test_what_is_sent_before_a_link_takes_frames_is_sent_once(self, fleet: Fleet) -> None:
+        """Between the welcome of a session that goes on and its coordination stream."""
+        async with rogue(fleet) as agent:
+            await agent.peer.coordination.send(Reply(round=1, body=encode_body(1)))
+            await agent.asking
+            session = fleet.coordinator._fleet._members["rogue"]
+            break_link(fleet, "rogue")
+            await until(lambda: session.link is None)
+            agent.peer = peer = await fleet.peer()
+            resume = Resume(session=session.name, secret=session.secret, received=1)
+            await peer.hello("rogue", tasks=("t",), resume=resume)
+            client = await fleet.operator()
+            await client.reveal(1, noise(2 * MIB, 1))
+            asking = asyncio.create_task(client.ask("t", noise(2 * MIB, 2)))
+            await until(lambda: fleet.coordinator._gatherer.book.in_flight)
+            peer.coordination = Channel(await peer.open())
+            await peer.coordination.send(CoordinationOpened(session=session.name))
+            await RawPeer.take(peer.coordination, Feedback)
+            await RawPeer.take(peer.coordination, Assignment)
+            came: list[tuple[str, int]] = []
+
+            async def take_bodies() -> None:
+                while True:
+                    stream = await peer.connection.accept_uni_stream()
+                    header = await read_header(stream)
+                    assert isinstance(header, Bulk)
+                    came.append((header.of, header.round))
+                    while await stream.receive():
+                        pass
+
+            taking = asyncio.create_task(take_bodies())
+            await until(lambda: came and not session.bodies._sending)
+            assert sorted(came) == [("assignment", 2), ("feedback", 1)]
+            taking.cancel()
+            await peer.coordination.send(Reply(round=2, body=encode_body(1)))
+            assert (await asking).value == 1
+            await agent.expect_well()
+
+
+class TestBrokenLinksAndASlowDisk:
+    """What came over the link before is still being read when the session has gone on over the next."""
+
+    async def test_an_answer_that_was_cut_off_is_taken_over_the_next_link(self, fleet: Fleet, disk: SlowDisk) -> None:
+        worked: list[int] = []
+
+        def answer(body: Any) -> Any:
+            worked.append(1)
+            return noise(32 * MIB)
+
+        await fleet.join(answering("a", answer))
+        client = await fleet.operator()
+        disk.stop_after(2 * MIB)
+        asking = asyncio.create_task(client.ask("t", 1, deadline_s=PATIENCE_S / 2))
+        await until(lambda: disk.waiting and is_held_up())
+        (late,) = answers_of(fleet, "a").values()
+        await go_on_over_another_link(fleet, "a")
+        await until(lambda: late.task.done() and answers_of(fleet, "a"))
+        disk.go_on()
+        outcome = await asking
+        assert outcome.state == "complete", outcome.results
+        assert digest_of(outcome.value) == digest_of(noise(32 * MIB))
+        assert worked == [1]
+        assert refused(fleet) == {}
+
+    async def test_an_answer_that_had_come_whole_counts_when_it_is_read(self, fleet: Fleet, disk: SlowDisk) -> None:
+        """The agent has forgotten it: its transport knows that it arrived."""
+        size = 9 * MIB
+        await fleet.join(answering("a", lambda body: noise(size)))
+        client = await fleet.operator()
+        disk.stop_after(8 * MIB)
+        asking = asyncio.create_task(client.ask("t", 1, deadline_s=PATIENCE_S / 2))
+        await until(lambda: disk.waiting and not unread_replies("a"))
+        await go_on_over_another_link(fleet, "a")
+        (late,) = answers_of(fleet, "a").values()
+        disk.go_on()
+        outcome = await asking
+        assert late.task.done()
+        assert digest_of(outcome.value) == digest_of(noise(size))
+
+    async def test_an_answer_that_comes_whole_twice_counts_once(self, fleet: Fleet, disk: SlowDisk) -> None:
+        """An acknowledgement was lost with the link, say."""
+        async with rogue(fleet) as agent:
+            data = bytes(noise(9 * MIB))
+            digest = hashlib.sha256(data).digest()
+            disk.stop_after(8 * MIB)
+            await agent.reply(len(data), digest)
+            await (await agent.stream(len(data), digest, data)).finish()
+            await until(lambda: disk.waiting)
+            session = fleet.coordinator._fleet._members["rogue"]
+            resume = Resume(session=session.name, secret=session.secret, received=1)
+            break_link(fleet, "rogue")
+            await until(lambda: session.link is None)
+            agent.peer = await fleet.peer()
+            await agent.peer.join("rogue", tasks=("t",), resume=resume)
+            await RawPeer.take(agent.peer.coordination, Assignment)
+            await agent.reply(len(data), digest)
+            stream = await agent.stream(len(data), digest, data)
+            await stream.finish()
+            await until(lambda: [answer.link for answer in session.bodies._replies.values()] == [session.link])
+            disk.go_on()
+            outcome = await asyncio.wait_for(agent.asking, PATIENCE_S)
+            assert outcome.results[0].bulk == BodyRef(size=len(data), digest=digest)
+            assert fleet.metrics()["quorate_replies_total", "replied", "t"] == 1
+            await agent.expect_well()
+
+
+def is_held_up() -> bool:
+    """Whether somebody reads no further because of the disk."""
+    writers = [thing for thing in gc.get_objects() if isinstance(thing, blobs.BlobWriter)]
+    return any(writer._filled >= blobs._BATCH_BYTES for writer in writers)
+
+
+def answers_of(fleet: Fleet, agent: str) -> dict[int, Any]:
+    """The answers of an agent that are being read."""
+    return fleet.coordinator._fleet._members[agent].bodies._replies
+
+
+def unread_replies(agent: str) -> int:
+    """Answers that an agent does not know to have arrived."""
+    return sum(core._replies.bodies_under_way for core in cores())
+
+
+async def go_on_over_another_link(fleet: Fleet, agent: str) -> None:
+    session = fleet.coordinator._fleet._members[agent]
+    link = session.link
+    break_link(fleet, agent)
+    await until(lambda: session.link is not None and session.link is not link and session.link.has_opened.is_set())
 
 
 def break_link(fleet: Fleet, agent: str) -> None:
