@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from quorate_protocol.blobs import Blob, BlobStore
-from quorate_protocol.bulk import BulkInbox, patience_s, send_blob
+from quorate_protocol.blobs import Blob, BlobBudget, BlobStore
+from quorate_protocol.bulk import BulkInbox, give_up_blob, patience_s, send_blob
 from quorate_protocol.errors import (
     BodyDigestWrong,
     BodyNotReceived,
@@ -49,9 +49,17 @@ REFUSALS: Final = (
     "disk",
 )
 
-#: Truths of one session that may wait to be delivered, the oldest are given up beyond it: as many as its rounds in
-#: flight would be by default.
-_FEEDBACK_MAX: Final = 64
+#: Truths of one session that are kept until they are delivered, the oldest are given up beyond it: as many as its
+#: rounds in flight would be by default.
+_TRUTHS_MAX: Final = 64
+
+#: What the truths that are kept for all agents may hold of the budget, in memory and on disk: by default that is one of
+#: the largest bodies, and three quarters are left to questions and answers while agents are away.
+_TRUTHS_SHARE: Final = 0.25
+
+#: Truths of one session that were given up and that its agent has not been told of: as many as frames are kept for it
+#: (`links.LOG_FRAMES_MAX`).
+_GIVEN_UP_MAX: Final = 1024
 
 
 #: What an operator is told of our own trouble; the log says more.
@@ -96,6 +104,59 @@ class BodyDesk:
     on_reply: Callable[[str, Reply], None]
     #: Seconds for which a round would take a reply of an agent to this attempt, or to any; 0 when it would not.
     awaits_s: Callable[[str, int, int | None], float]
+    truths: "KeptTruths"
+
+
+class KeptTruths:
+    """What is kept of truths, for all sessions, until they are delivered: their bytes have a ceiling.
+
+    Beyond it the oldest are given up, whoever they are for; the newest is kept whatever its size.
+    """
+
+    def __init__(self, budget: BlobBudget) -> None:
+        self._budget = budget
+        self._kept: OrderedDict[tuple[AgentBodies, int], Blob] = OrderedDict()
+        #: How often each is kept: a truth is one body for all agents.
+        self._places: Counter[Blob] = Counter()
+        self._memory_bytes = 0
+        self._disk_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, owner: "AgentBodies", round_id: int, blob: Blob) -> None:
+        """Keeps the truth of a round for an agent, and gives up what there is no room for."""
+        self._kept[owner, round_id] = blob
+        self._places[blob] += 1
+        if self._places[blob] == 1:
+            self._count(blob, len(blob))
+        while self._is_over(blob.is_on_disk):
+            others = (
+                key for key, kept in self._kept.items() if kept is not blob and kept.is_on_disk == blob.is_on_disk
+            )
+            if (oldest := next(others, None)) is None:
+                break
+            oldest[0].give_up_truth(oldest[1])
+
+    def drop(self, owner: "AgentBodies", round_id: int) -> None:
+        """It is delivered, or nobody waits for it."""
+        blob = self._kept.pop((owner, round_id), None)
+        if blob is not None:
+            self._places[blob] -= 1
+            if not self._places[blob]:
+                del self._places[blob]
+                self._count(blob, -len(blob))
+
+    def _count(self, blob: Blob, more_bytes: int) -> None:
+        if blob.is_on_disk:
+            self._disk_bytes += more_bytes
+        else:
+            self._memory_bytes += more_bytes
+
+    def _is_over(self, on_disk: bool) -> bool:
+        if on_disk:
+            return self._disk_bytes > self._budget.disk_bytes_max * _TRUTHS_SHARE
+        return self._memory_bytes > self._budget.memory_bytes_max * _TRUTHS_SHARE
 
 
 @dataclass(slots=True, eq=False)
@@ -112,17 +173,19 @@ class _Answer:
 class AgentBodies:
     """See the module."""
 
-    __slots__ = ("_agent", "_desk", "_feedback", "_replies", "_sending")
+    __slots__ = ("_agent", "_desk", "_feedback", "_replies", "_sending", "_store")
 
     def __init__(self, agent: str, desk: BodyDesk) -> None:
         self._agent = agent
         self._desk = desk
+        #: Where its answers go, over whatever link; made when one comes.
+        self._store: BlobStore | None = None
         #: By round, tasks that send its question, and over which link; under 0 those that send truths.
         self._sending: dict[int, dict[asyncio.Task[None], AgentLink]] = {}
         #: By round; those of a link before the present one too, as long as what came over it is being read.
         self._replies: dict[int, _Answer] = {}
-        #: Truths that have not been delivered.
-        self._feedback: OrderedDict[int, tuple[Blob, Bulk]] = OrderedDict()
+        #: By round, truths that have not been delivered; None for one that was given up, of which the agent is told.
+        self._feedback: OrderedDict[int, tuple[Blob | None, Bulk]] = OrderedDict()
 
     # --- to the agent ---
 
@@ -132,28 +195,52 @@ class AgentBodies:
         Where there is none yet, the rounds send an assignment once more, and the truth waits for `resume`.
         """
         if header.of == "feedback":
-            self._feedback[header.round] = (blob, header)
-            while len(self._feedback) > _FEEDBACK_MAX:
-                self._feedback.popitem(last=False)
+            self._keep_truth(blob, header)
         if link is not None and link.is_taking and not link.connection.is_closed:
             self._begin(link, blob, header)
 
     def resume(self, link: "AgentLink") -> None:
-        """The session goes on over another link: sends the truths that the one before has not delivered."""
+        """The session goes on over another link: sends the truths that the one before has not delivered.
+
+        Of those that are not kept any more the agent is told that they do not come.
+        """
         for blob, header in list(self._feedback.values()):
             self._begin(link, blob, header)
 
-    def _begin(self, link: "AgentLink", blob: Blob, header: Bulk) -> None:
+    def give_up_truth(self, round_id: int) -> None:
+        """There is no room to keep a truth until it is delivered. Where it is being sent, that goes on."""
+        _, header = self._feedback[round_id]
+        self._feedback[round_id] = (None, header)
+        self._desk.truths.drop(self, round_id)
+        log.warning("truth_not_kept", agent=self._agent, round=round_id, bytes=header.size)
+
+    def _keep_truth(self, blob: Blob, header: Bulk) -> None:
+        self._feedback[header.round] = (blob, header)
+        self._desk.truths.keep(self, header.round, blob)
+        kept = [round_id for round_id, (body, _) in self._feedback.items() if body is not None]
+        if len(kept) > _TRUTHS_MAX:
+            self.give_up_truth(kept[0])
+        if len(self._feedback) > _TRUTHS_MAX + _GIVEN_UP_MAX:
+            self._forget_truth(next(iter(self._feedback)))
+
+    def _forget_truth(self, round_id: int) -> None:
+        if self._feedback.pop(round_id, None) is not None:
+            self._desk.truths.drop(self, round_id)
+
+    def _begin(self, link: "AgentLink", blob: Blob | None, header: Bulk) -> None:
         place = 0 if header.of == "feedback" else header.round
         task = asyncio.create_task(self._send(link, blob, header), name=f"body of round {header.round}")
         self._sending.setdefault(place, {})[task] = link
         task.add_done_callback(lambda done: self._sent(place, done))
 
-    async def _send(self, link: "AgentLink", blob: Blob, header: Bulk) -> None:
+    async def _send(self, link: "AgentLink", blob: Blob | None, header: Bulk) -> None:
         try:
             await link.has_opened.wait()
             async with asyncio.timeout(patience_s(header.ref)):
-                await send_blob(link.connection, blob, header)
+                if blob is None:
+                    await give_up_blob(link.connection, header)
+                else:
+                    await send_blob(link.connection, blob, header)
         except StoppedByPeer as error:
             # It has it, does not want it, or has no room; its reply says what is to be known of that.
             log.debug("body_not_wanted", agent=self._agent, round=header.round, reason=str(error))
@@ -164,8 +251,8 @@ class AgentBodies:
             log.warning("body_not_taken", agent=self._agent, round=header.round)
         except OSError as error:
             log.error("body_not_read", agent=self._agent, round=header.round, problem=str(error))
-        if header.of == "feedback" and self._feedback.get(header.round, (None,))[0] is blob:
-            del self._feedback[header.round]
+        if header.of == "feedback":
+            self._forget_truth(header.round)
 
     def _sent(self, place: int, task: asyncio.Task[None]) -> None:
         tasks = self._sending.get(place)
@@ -242,9 +329,11 @@ class AgentBodies:
             log.error("answer_not_handed_on", agent=self._agent, round=round_id, exc_info=error)
 
     def _inbox_of(self, link: "AgentLink") -> BulkInbox:
+        if self._store is None:
+            self._store = self._desk.store.for_peer()
         if link.inbox is None:
             link.inbox = BulkInbox(
-                self._desk.store,
+                self._store,
                 is_wanted=lambda header: self._is_wanted(link, header),
                 on_unclaimed=lambda ref: self._desk.refused_total.update(("unreferenced",)),
             )
@@ -294,6 +383,7 @@ class AgentBodies:
 
     def close(self) -> None:
         """The session is over."""
-        self._feedback.clear()
+        for round_id in list(self._feedback):
+            self._forget_truth(round_id)
         for round_id in [*self._sending, *self._replies]:
             self.stop(round_id)

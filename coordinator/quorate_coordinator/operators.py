@@ -129,7 +129,7 @@ class Operators:
         reason = ""
         calls: set[asyncio.Task[None]] = set()
         inbox = BulkInbox(
-            self._store,
+            self._store.for_peer(),
             is_wanted=self._is_wanted,
             on_fault=self._count_fault,
             on_unclaimed=lambda ref: self._bodies_refused_total.update(("unreferenced",)),

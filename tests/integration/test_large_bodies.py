@@ -18,7 +18,7 @@ from coordination import PATIENCE_S, Fleet, RawPeer, coordinating, until
 from processes import coordinator_process
 from quorate_agent import Agent
 from quorate_agent import worker as agent_worker
-from quorate_protocol import blobs
+from quorate_protocol import blobs, bulk
 from quorate_protocol.blobs import BlobBudget, BlobStore, blob_of
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.bulk import header_for, read_header, ref_to, send_blob
@@ -37,7 +37,7 @@ from quorate_protocol.messages import (
     Reply,
     Resume,
 )
-from quorate_protocol.transport import ClientTls, SendStream
+from quorate_protocol.transport import ClientTls, ReceiveStream, SendStream
 
 MIB = 1 << 20
 
@@ -157,7 +157,6 @@ class TestValues:
         await until(lambda: learned)
         assert learned == [(digest_of(question), digest_of(value))]
         await until(lambda: agent_stores[0].budget.disk_bytes == 0)
-        assert list(agent_stores[0].spool_dir.iterdir()) == []
         assert refused(fleet) == {}
 
     async def test_many_answers_come_whole_and_as_they_end(self, fleet: Fleet) -> None:
@@ -438,6 +437,34 @@ class TestBadReplies:
             assert (caught.value.reason, caught.value.retry) == ("busy", True)
             del share
 
+    async def test_a_body_that_was_turned_away_before_its_reply(
+        self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The reply fails when it comes, and not at its round's deadline."""
+        monkeypatch.setattr(bulk, "UNCLAIMED_MAX", 1)
+        async with rogue(fleet) as agent:
+            other = await agent.stream(MIB, bytes(32), b"")
+            await until(lambda: fleet.coordinator._fleet._link_of("rogue").inbox)
+            assert await is_stopped(await agent.stream(len(DATA), DIGEST, DATA[:1000]), Code.BUSY)
+            await agent.reply(len(DATA), DIGEST)
+            await agent.expect_failed(f"no room for a body of {len(DATA)} bytes now", "spool-full")
+            with contextlib.suppress(StoppedByPeer):
+                other.reset(Code.CANCELLED)
+
+    async def test_an_agent_hears_that_there_is_no_room_for_its_answer(self, fleet: Fleet) -> None:
+        """And does not wait for its delivery: it may leave."""
+        await fleet.join(answering("a", lambda body: noise(2 * MIB)))
+        budget = budget_of(fleet)
+        held = budget.take(budget.memory_bytes_max - MIB, on_disk=False)
+        client = await fleet.operator()
+        outcome = await client.ask("t", 1)
+        assert "no room for a body of" in outcome.results[0].error
+        await until(lambda: not unread_replies())
+        await client.drain("a")
+        await asyncio.wait_for(fleet.agents["a"], PATIENCE_S)
+        assert refused(fleet) == {"spool-full": 1}
+        del held
+
     async def test_the_disk_is_full(self, tmp_path: Path) -> None:
         spool = tmp_path / "spool"
         async with emptied(tmp_path) as fleet:
@@ -456,6 +483,65 @@ class TestBadReplies:
             finally:
                 await until(lambda: held_bytes(fleet) == 0)
                 subprocess.run(["umount", str(spool)], check=True)  # noqa: ASYNC221
+
+
+class TestGreed:
+    """One peer does not have everybody else turned away."""
+
+    async def hog(self, fleet: Fleet, *, size: int, data: bytes = b"", bodies: int = 1) -> list[SendStream]:
+        """An operator that begins to send bodies, and asks for nothing."""
+        peer = await fleet.peer()
+        await peer.hello("hog", role="operator", tasks=())
+        streams = []
+        for number in range(bodies):
+            streams.append(await peer.connection.open_uni_stream())
+            await streams[-1].send(Bulk(of="ask", size=size, digest=bytes([number] * 32)).to_frame())
+            with contextlib.suppress(StoppedByPeer):
+                await streams[-1].send(data)
+        return streams
+
+    async def test_bodies_that_are_only_announced(self, fleet: Fleet) -> None:
+        await fleet.join(answering("a", lambda body: len(body)))
+        hogs = [await self.hog(fleet, size=(4 << 30) - 1, data=b"x") for _ in range(4)]
+        await until(lambda: budget_of(fleet).disk_bytes == len(hogs))
+        client = await fleet.operator()
+        assert (await client.ask("t", bytes(24 * MIB))).value == 24 * MIB
+        for (stream,) in hogs:
+            stream.reset(Code.CANCELLED)
+
+    async def test_bodies_of_one_peer_take_half(self, tmp_path: Path) -> None:
+        async with emptied(tmp_path, bodies={"spool_bytes_max": 48 * MIB, "bytes_max": 16 * MIB}) as fleet:
+            await fleet.join(answering("a", lambda body: len(body)))
+            first, second = await self.hog(fleet, size=15 * MIB, data=bytes(14 * MIB), bodies=2)
+            assert await is_stopped(second, Code.BUSY)
+            await until(lambda: budget_of(fleet).disk_bytes == 14 * MIB)
+            client = await fleet.operator()
+            assert (await client.ask("t", bytes(14 * MIB))).value == 14 * MIB
+            first.reset(Code.CANCELLED)
+
+    async def test_answers_of_one_agent_take_half(self, tmp_path: Path) -> None:
+        bodies = {"spool_bytes_max": 48 * MIB, "bytes_max": 16 * MIB}
+        async with emptied(tmp_path, bodies=bodies) as fleet, rogue(fleet) as agent:
+            first = await agent.stream(15 * MIB, bytes(32), bytes(14 * MIB))
+            await until(lambda: budget_of(fleet).disk_bytes == 14 * MIB)
+            assert await is_stopped(await agent.stream(15 * MIB, bytes(32), b""), Code.BUSY)
+            other = Agent("other")
+            other.task("length")(len)
+            await fleet.join(other)
+            client = await fleet.operator()
+            assert (await client.ask("length", bytes(14 * MIB))).value == 14 * MIB
+            first.reset(Code.CANCELLED)
+            await agent.peer.coordination.send(Reply(round=agent.round, body=encode_body(1)))
+            await agent.asking
+            await agent.peer.leave()
+
+    async def test_an_answer_that_does_not_go_on(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bulk, "STALLED_S", 0.3)
+        async with rogue(fleet) as agent:
+            await agent.reply(len(DATA), DIGEST)
+            stream = await agent.stream(len(DATA), DIGEST, DATA[:1000])
+            assert await is_stopped(stream, Code.CANCELLED)
+            await agent.expect_failed("nothing has come for 0.3 s after 1000 of them", "not-received")
 
 
 class TestBadQuestions:
@@ -671,6 +757,76 @@ class TestBrokenLinks:
             await agent.expect_well()
 
 
+class TestTruthsForAgentsThatAreAway:
+    """They may hold a quarter of the budget; the oldest are given up, and their agents are told."""
+
+    @pytest.mark.parametrize("size", [MIB * 3 // 2, 9 * MIB])
+    async def test_the_oldest_are_given_up(self, tmp_path: Path, size: int) -> None:
+        bodies = {"memory_bytes_max": 6 * size, "spool_bytes_max": 6 * size}
+        async with emptied(tmp_path, bodies=bodies) as fleet:
+            peers = {name: await fleet.peer() for name in ("a", "b")}
+            sessions = fleet.coordinator._fleet._members
+            client = await fleet.operator()
+            for name, peer in peers.items():
+                await peer.join(name, tasks=("t",))
+            for round_id in (1, 2, 3):
+                asking = asyncio.create_task(client.ask("t", round_id, quorum=1.0))
+                for peer in peers.values():
+                    await RawPeer.take(peer.coordination, Assignment)
+                    await peer.coordination.send(Reply(round=round_id, body=encode_body(1)))
+                await asking
+            for name in peers:
+                break_link(fleet, name)
+            await until(lambda: not any(sessions[name].link for name in peers))
+            for round_id in (1, 2, 3):
+                await client.reveal(round_id, noise(size, round_id))
+                # One fits, however many agents it is for; of two the older one goes.
+                assert held_bytes(fleet) < 3 * size // 2
+            assert len(fleet.coordinator._fleet._desk.truths) == 2
+            for name in peers:
+                resume = Resume(session=sessions[name].name, secret=sessions[name].secret, received=3)
+                peer = await fleet.peer()
+                await peer.join(name, tasks=("t",), resume=resume)
+                assert [(await RawPeer.take(peer.coordination, Feedback)).round for _ in range(3)] == [1, 2, 3]
+                came = {}
+                for _ in range(3):
+                    stream = await peer.connection.accept_uni_stream()
+                    header = await read_header(stream)
+                    assert isinstance(header, Bulk)
+                    came[header.of, header.round] = await read_or_reset(stream) == header.digest
+                assert came == {("feedback", 1): False, ("feedback", 2): False, ("feedback", 3): True}
+                await until(lambda name=name: not sessions[name].bodies._feedback)
+            assert len(fleet.coordinator._fleet._desk.truths) == 0
+            for name in peers:
+                break_link(fleet, name)
+
+    async def test_what_is_kept_goes_with_the_session(self, fleet: Fleet) -> None:
+        async with rogue(fleet) as agent:
+            await agent.peer.coordination.send(Reply(round=agent.round, body=encode_body(1)))
+            await agent.asking
+            break_link(fleet, "rogue")
+            await until(lambda: fleet.coordinator._fleet._members["rogue"].link is None)
+            await (await fleet.operator()).reveal(agent.round, noise(2 * MIB))
+            assert (len(fleet.coordinator._fleet._desk.truths), held_bytes(fleet) > 0) == (1, True)
+            agent.peer = await fleet.peer()
+            await agent.peer.join("rogue", tasks=("t",))
+            await until(lambda: held_bytes(fleet) == 0)
+            assert len(fleet.coordinator._fleet._desk.truths) == 0
+
+
+async def read_or_reset(stream: ReceiveStream) -> bytes | None:
+    """The digest of what comes to the end of a stream; None where its sender gave it up."""
+    hasher = hashlib.sha256()
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while data := await stream.receive(MIB):
+                hasher.update(data)
+    except ResetByPeer as error:
+        assert error.code == Code.CANCELLED
+        return None
+    return hasher.digest()
+
+
 class TestBrokenLinksAndASlowDisk:
     """What came over the link before is still being read when the session has gone on over the next."""
 
@@ -703,7 +859,7 @@ class TestBrokenLinksAndASlowDisk:
         client = await fleet.operator()
         disk.stop_after(8 * MIB)
         asking = asyncio.create_task(client.ask("t", 1, deadline_s=PATIENCE_S / 2))
-        await until(lambda: disk.waiting and not unread_replies("a"))
+        await until(lambda: disk.waiting and not unread_replies())
         await go_on_over_another_link(fleet, "a")
         (late,) = answers_of(fleet, "a").values()
         disk.go_on()
@@ -749,8 +905,8 @@ def answers_of(fleet: Fleet, agent: str) -> dict[int, Any]:
     return fleet.coordinator._fleet._members[agent].bodies._replies
 
 
-def unread_replies(agent: str) -> int:
-    """Answers that an agent does not know to have arrived."""
+def unread_replies() -> int:
+    """Large answers whose agents do not know what has become of them."""
     return sum(core._replies.bodies_under_way for core in cores())
 
 
