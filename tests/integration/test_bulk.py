@@ -474,18 +474,6 @@ async def test_streams_whose_beginning_does_not_come(bench: Bench, monkeypatch: 
     assert [await is_stopped(stream, Code.CANCELLED) for stream in slow] == [True, True]
 
 
-async def test_many_bodies_at_once_find_room(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More streams than may be without their first frame come in one batch of packets."""
-    monkeypatch.setattr(bulk, "_HEADERS_MAX", 2)
-    inbox = bench.serve(bench.link.there)
-    several = [of_noise(1000, number) for number in range(50)]
-    getting = [asyncio.create_task(inbox.get(ref_to(blob), PATIENCE_S)) for blob in several]
-    async with asyncio.TaskGroup() as tasks:
-        for number, blob in enumerate(several):
-            tasks.create_task(send_blob(bench.link.here, blob, header_for(blob, "reply", round=number + 1)))
-    assert [content(await one) for one in getting] == [*map(content, several)]
-
-
 async def test_a_body_that_does_not_go_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk, "STALLED_S", 0.3)
     inbox = bench.serve(bench.link.there)

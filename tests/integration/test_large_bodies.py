@@ -18,6 +18,7 @@ from coordination import PATIENCE_S, Fleet, RawPeer, coordinating, until
 from processes import coordinator_process
 from quorate_agent import Agent
 from quorate_agent import worker as agent_worker
+from quorate_coordinator import uni_streams
 from quorate_protocol import blobs, bulk
 from quorate_protocol.blobs import BlobBudget, BlobStore, blob_of
 from quorate_protocol.bodies import encode_body
@@ -401,6 +402,19 @@ class TestBadReplies:
             assert (await agent.asking).value == 1
             await agent.expect_well()
 
+    async def test_streams_whose_beginning_does_not_come(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those after them wait; none is turned away before it is known what it is."""
+        monkeypatch.setattr(uni_streams, "HEADER_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(uni_streams, "_HEADERS_MAX", 2)
+        async with rogue(fleet) as agent:
+            for _ in range(2):
+                slow = await agent.peer.connection.open_uni_stream()
+                await slow.send(b"\x00")
+            await agent.reply(len(DATA), DIGEST)
+            await (await agent.stream(len(DATA), DIGEST, DATA)).finish()
+            assert (await agent.asking).results[0].bulk == ref_to(blob_of([DATA]))
+            await agent.expect_well()
+
     async def test_two_streams_for_one_reference(self, fleet: Fleet) -> None:
         async with rogue(fleet) as agent:
             await agent.reply(len(DATA), DIGEST)
@@ -761,8 +775,9 @@ class TestTruthsForAgentsThatAreAway:
     """They may hold a quarter of the budget; the oldest are given up, and their agents are told."""
 
     @pytest.mark.parametrize("size", [MIB * 3 // 2, 9 * MIB])
-    async def test_the_oldest_are_given_up(self, tmp_path: Path, size: int) -> None:
-        bodies = {"memory_bytes_max": 6 * size, "spool_bytes_max": 6 * size}
+    @pytest.mark.parametrize("times", [6, 3])
+    async def test_the_oldest_are_given_up(self, tmp_path: Path, size: int, times: int) -> None:
+        bodies = {"memory_bytes_max": times * size, "spool_bytes_max": times * size}
         async with emptied(tmp_path, bodies=bodies) as fleet:
             peers = {name: await fleet.peer() for name in ("a", "b")}
             sessions = fleet.coordinator._fleet._members
@@ -780,7 +795,7 @@ class TestTruthsForAgentsThatAreAway:
             await until(lambda: not any(sessions[name].link for name in peers))
             for round_id in (1, 2, 3):
                 await client.reveal(round_id, noise(size, round_id))
-                # One fits, however many agents it is for; of two the older one goes.
+                # One is kept, be it over a quarter, however many agents it is for; of two the older one goes.
                 assert held_bytes(fleet) < 3 * size // 2
             assert len(fleet.coordinator._fleet._desk.truths) == 2
             for name in peers:
