@@ -5,6 +5,7 @@ next one: a question by the rounds, a truth from here, an answer by the agent.
 """
 
 import asyncio
+import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from quorate_protocol.blobs import Blob, BlobBudget, BlobStore
-from quorate_protocol.bulk import BulkInbox, give_up_blob, patience_s, send_blob
+from quorate_protocol.bulk import STALLED_S, BulkInbox, give_up_blob, patience_s, send_blob
 from quorate_protocol.errors import (
     BodyDigestWrong,
     BodyNotReceived,
@@ -240,15 +241,17 @@ class AgentBodies:
                 if blob is None:
                     await give_up_blob(link.connection, header)
                 else:
-                    await send_blob(link.connection, blob, header)
+                    await send_blob(link.connection, blob, header, stalled_s=STALLED_S)
         except StoppedByPeer as error:
             # It has it, does not want it, or has no room; its reply says what is to be known of that.
             log.debug("body_not_wanted", agent=self._agent, round=header.round, reason=str(error))
         except QuorateError as error:
             log.debug("body_not_delivered", agent=self._agent, round=header.round, reason=str(error))
             return
-        except TimeoutError:
+        except TimeoutError as error:
             log.warning("body_not_taken", agent=self._agent, round=header.round)
+            # They hold the body, and what is raised by a timeout is part of a cycle.
+            traceback.clear_frames(error.__traceback__)
         except OSError as error:
             log.error("body_not_read", agent=self._agent, round=header.round, problem=str(error))
         if header.of == "feedback":

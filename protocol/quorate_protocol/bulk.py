@@ -12,6 +12,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -57,8 +58,9 @@ UNCLAIMED_S: Final = 30.0
 _PATIENCE_S: Final = 30.0
 _PATIENCE_BYTES_S: Final = 256 << 10
 
-#: Seconds without a byte after which a body that has begun to come is given up: what came of it holds a part of the
-#: budget. Longer than a connection lives without a word (30 s), so that a break is not taken for it.
+#: Seconds without a byte after which a body that has begun to come is given up, and by the coordinator one that its
+#: peer does not take: it holds a part of the budget. Longer than a connection lives without a word (30 s), so that a
+#: break is not taken for it.
 STALLED_S: Final = 35.0
 
 #: Bodies of one connection that no message has referred to yet; and their bytes, where they are more than one.
@@ -87,13 +89,21 @@ def header_for(blob: Blob, of: BulkOf, *, round: int = 0) -> Bulk:
     return Bulk(of=of, round=round, size=blob.size_bytes, digest=blob.digest)
 
 
-async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priority: Priority = Priority.NORMAL) -> None:
+async def send_blob(
+    connection: Connection,
+    blob: Blob,
+    header: Bulk,
+    *,
+    priority: Priority = Priority.NORMAL,
+    stalled_s: float = math.inf,
+) -> None:
     """Sends a body on a stream of its own; returns when the peer's transport has acknowledged all of it.
 
-    However it ends otherwise, cancelled too, the stream is reset. A peer that does not read is waited for: how long is
-    the caller's to say.
+    However it ends otherwise, cancelled too, the stream is reset. A peer that does not read is waited for without end,
+    or until it has taken nothing for `stalled_s` seconds (at the latest after twice as many).
 
     Raises:
+        TimeoutError: it has taken nothing for so long.
         StoppedByPeer: the peer does not want it any more, or has no room for it (`BUSY`).
         ConnectionClosed: the connection is over.
         OSError: the spooled file cannot be read.
@@ -105,9 +115,12 @@ async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priorit
     try:
         frame = header.to_frame()
         await stream.send(frame)
-        await _send_at_pace(connection, stream, blob, pace, sent_bytes=len(frame))
+        await _send_at_pace(connection, stream, blob, pace, sent_bytes=len(frame), stalled_s=stalled_s)
         await stream.finish()
-        await stream.flush()
+        await _flush(stream, 0, stalled_s)
+    except TimeoutError:  # which is an OSError, too
+        stream.reset(Code.CANCELLED)
+        raise
     except OSError:
         # A reset overtakes what was not acknowledged, and the peer is to know which body does not come.
         with contextlib.suppress(QuorateError, TimeoutError):
@@ -137,19 +150,37 @@ async def give_up_blob(connection: Connection, header: Bulk, *, priority: Priori
         stream.reset(Code.CANCELLED)
 
 
-async def _send_at_pace(connection: Connection, stream: SendStream, blob: Blob, pace: Pace, *, sent_bytes: int) -> None:
+async def _send_at_pace(
+    connection: Connection, stream: SendStream, blob: Blob, pace: Pace, *, sent_bytes: int, stalled_s: float
+) -> None:
     """Sends a body, no faster than the path carries it; `sent_bytes` were sent before."""
     loop = asyncio.get_running_loop()
     arrived_bytes = 0
     async with contextlib.aclosing(blob.chunks()) as chunks:
         async for chunk in chunks:
             for part in _split(chunk, SHARE_BYTES_MIN):
-                await stream.flush(pace.share_bytes - len(part))
+                await _flush(stream, pace.share_bytes - len(part), stalled_s)
                 more_bytes = sent_bytes - stream.unsent_bytes - arrived_bytes
                 pace.acknowledged(more_bytes, loop.time(), connection.stats.rtt_least_s)
                 arrived_bytes += more_bytes
                 await stream.send(part)
                 sent_bytes += len(part)
+
+
+async def _flush(stream: SendStream, left_bytes: int, stalled_s: float) -> None:
+    """As the stream's, but for a peer that takes nothing for so many seconds."""
+    if stream.unsent_bytes <= left_bytes or stalled_s == math.inf:
+        await stream.flush(left_bytes)
+        return
+    while True:
+        unsent_bytes = stream.unsent_bytes
+        try:
+            async with asyncio.timeout(stalled_s):
+                await stream.flush(left_bytes)
+            return
+        except TimeoutError:
+            if stream.unsent_bytes >= unsent_bytes:
+                raise
 
 
 def _split(chunk: Buffer, part_bytes: int) -> Iterator[memoryview]:

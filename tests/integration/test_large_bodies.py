@@ -18,7 +18,7 @@ from coordination import PATIENCE_S, Fleet, RawPeer, coordinating, until
 from processes import coordinator_process
 from quorate_agent import Agent
 from quorate_agent import worker as agent_worker
-from quorate_coordinator import uni_streams
+from quorate_coordinator import agent_bodies, operators, uni_streams
 from quorate_protocol import blobs, bulk
 from quorate_protocol.blobs import BlobBudget, BlobStore, blob_of
 from quorate_protocol.bodies import encode_body
@@ -548,6 +548,35 @@ class TestGreed:
             await agent.peer.coordination.send(Reply(round=agent.round, body=encode_body(1)))
             await agent.asking
             await agent.peer.leave()
+
+    async def test_an_operator_that_does_not_read(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The answers of its rounds are let go of."""
+        monkeypatch.setattr(operators, "STALLED_S", 0.2)
+        await fleet.join(answering("a", lambda body: noise(24 * MIB)))
+        peer = await fleet.peer()
+        await peer.hello("deaf", role="operator", tasks=())
+        call = Channel(await peer.open())
+        await call.send(Ask(task="t", body=encode_body(1)))
+        await until(lambda: fleet.coordinator._gatherer.book.in_flight)
+        await until(lambda: not fleet.coordinator._gatherer.book.in_flight)
+        await until(lambda: held_bytes(fleet) == 0)
+        await RawPeer.take(call, Outcome)
+        with pytest.raises(ResetByPeer):
+            await call.receive()
+        await peer.leave()
+
+    async def test_an_agent_that_does_not_read(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A truth that it does not take is let go of."""
+        monkeypatch.setattr(agent_bodies, "STALLED_S", 0.2)
+        async with rogue(fleet) as agent:
+            await agent.peer.coordination.send(Reply(round=agent.round, body=encode_body(1)))
+            await agent.asking
+            client = await fleet.operator()
+            await client.reveal(agent.round, noise(24 * MIB))
+            await RawPeer.take(agent.peer.coordination, Feedback)
+            await until(lambda: held_bytes(fleet) == 0)
+            assert len(fleet.coordinator._fleet._desk.truths) == 0
+            await agent.expect_well()
 
     async def test_an_answer_that_does_not_go_on(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bulk, "STALLED_S", 0.3)
