@@ -127,6 +127,7 @@ class KeptTruths:
 
     def keep(self, owner: "AgentBodies", round_id: int, blob: Blob) -> None:
         """Keeps the truth of a round for an agent, and gives up what there is no room for."""
+        self.drop(owner, round_id)
         self._kept[owner, round_id] = blob
         self._places[blob] += 1
         if self._places[blob] == 1:
