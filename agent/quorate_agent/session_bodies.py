@@ -21,6 +21,12 @@ log = structlog.get_logger()
 #: Bodies that are remembered as not wanted, the oldest go first: their streams come soon after, or never.
 _REFUSED_MAX: Final = 256
 
+#: Why a coordinator stops an answer that it does not need: its round is over, or it has it.
+_NOT_WANTED: Final = (Code.CANCELLED, Code.UNEXPECTED_MESSAGE)
+
+#: Why it stops one that it cannot have: the reply has `failed` there (SPEC.md, Bulk), at once or as soon as it comes.
+_NOT_TAKEN: Final = (Code.BUSY, Code.BODY_INVALID)
+
 #: Seconds that reading what had come before the connection's end may take.
 _READ_OUT_TIMEOUT_S: Final = 1.0
 
@@ -119,10 +125,20 @@ class SessionBodies:
         try:
             await send_blob(self._connection, blob, header_for(blob, "reply", round=round_id))
         except StoppedByPeer as error:
-            log.debug("answer_not_wanted", agent=self._agent_id, round=round_id, reason=str(error))
+            if error.code in _NOT_WANTED:
+                log.debug("answer_not_wanted", agent=self._agent_id, round=round_id, reason=str(error))
+            elif error.code in _NOT_TAKEN:
+                log.warning("answer_not_taken", agent=self._agent_id, round=round_id, reason=str(error))
+            else:
+                # Nobody can tell what has become of the reply: it is sent again over the next link.
+                log.error("answer_stopped", agent=self._agent_id, round=round_id, reason=str(error))
+                return
         except LinkError as error:
             log.debug("answer_cut_off", agent=self._agent_id, round=round_id, reason=str(error))
             return
+        except OSError as error:
+            # The coordinator counts it as failed, as one that was reset.
+            log.error("answer_not_read", agent=self._agent_id, round=round_id, problem=str(error))
         self._apply(ev.ReplyBodyDelivered(round_id, attempt))
 
     def _refuse(self, of: str, round_id: int) -> None:

@@ -5,6 +5,7 @@ next one: a question by the rounds, a truth from here, an answer by the agent.
 """
 
 import asyncio
+import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from quorate_protocol.blobs import Blob, BlobStore
-from quorate_protocol.bulk import BulkInbox, patience_s, send_blob
+from quorate_protocol.blobs import Blob, BlobBudget, BlobStore
+from quorate_protocol.bulk import STALLED_S, BulkInbox, give_up_blob, patience_s, send_blob
 from quorate_protocol.errors import (
     BodyDigestWrong,
     BodyNotReceived,
@@ -49,9 +50,17 @@ REFUSALS: Final = (
     "disk",
 )
 
-#: Truths of one session that may wait to be delivered, the oldest are given up beyond it: as many as its rounds in
-#: flight would be by default.
-_FEEDBACK_MAX: Final = 64
+#: Truths of one session that are kept until they are delivered, the oldest are given up beyond it: as many as its
+#: rounds in flight would be by default.
+_TRUTHS_MAX: Final = 64
+
+#: What the truths that are kept for all agents may hold of the budget, in memory and on disk: by default that is one of
+#: the largest bodies, and three quarters are left to questions and answers while agents are away.
+_TRUTHS_SHARE: Final = 0.25
+
+#: Truths of one session that were given up and that its agent has not been told of: as many as frames are kept for it
+#: (`links.LOG_FRAMES_MAX`).
+_GIVEN_UP_MAX: Final = 1024
 
 
 #: What an operator is told of our own trouble; the log says more.
@@ -96,64 +105,158 @@ class BodyDesk:
     on_reply: Callable[[str, Reply], None]
     #: Seconds for which a round would take a reply of an agent to this attempt, or to any; 0 when it would not.
     awaits_s: Callable[[str, int, int | None], float]
+    truths: "KeptTruths"
+
+
+class KeptTruths:
+    """What is kept of truths, for all sessions, until they are delivered: their bytes have a ceiling.
+
+    Beyond it the oldest are given up, whoever they are for; the newest is kept whatever its size.
+    """
+
+    def __init__(self, budget: BlobBudget) -> None:
+        self._budget = budget
+        self._kept: OrderedDict[tuple[AgentBodies, int], Blob] = OrderedDict()
+        #: How often each is kept: a truth is one body for all agents.
+        self._places: Counter[Blob] = Counter()
+        self._memory_bytes = 0
+        self._disk_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, owner: "AgentBodies", round_id: int, blob: Blob) -> None:
+        """Keeps the truth of a round for an agent, and gives up what there is no room for."""
+        self.drop(owner, round_id)
+        self._kept[owner, round_id] = blob
+        self._places[blob] += 1
+        if self._places[blob] == 1:
+            self._count(blob, len(blob))
+        while self._is_over(blob.is_on_disk):
+            others = (
+                key for key, kept in self._kept.items() if kept is not blob and kept.is_on_disk == blob.is_on_disk
+            )
+            if (oldest := next(others, None)) is None:
+                break
+            oldest[0].give_up_truth(oldest[1])
+
+    def drop(self, owner: "AgentBodies", round_id: int) -> None:
+        """It is delivered, or nobody waits for it."""
+        blob = self._kept.pop((owner, round_id), None)
+        if blob is not None:
+            self._places[blob] -= 1
+            if not self._places[blob]:
+                del self._places[blob]
+                self._count(blob, -len(blob))
+
+    def _count(self, blob: Blob, more_bytes: int) -> None:
+        if blob.is_on_disk:
+            self._disk_bytes += more_bytes
+        else:
+            self._memory_bytes += more_bytes
+
+    def _is_over(self, on_disk: bool) -> bool:
+        if on_disk:
+            return self._disk_bytes > self._budget.disk_bytes_max * _TRUTHS_SHARE
+        return self._memory_bytes > self._budget.memory_bytes_max * _TRUTHS_SHARE
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """A reply whose body is waited for."""
+
+    #: Over which the reply came, and the body does.
+    link: "AgentLink"
+    task: asyncio.Task[None]
+    #: Whether the task has begun, and so claimed the body.
+    has_claimed: bool = False
 
 
 class AgentBodies:
     """See the module."""
 
-    __slots__ = ("_agent", "_claimed", "_desk", "_feedback", "_replies", "_sending")
+    __slots__ = ("_agent", "_desk", "_feedback", "_replies", "_sending", "_store")
 
     def __init__(self, agent: str, desk: BodyDesk) -> None:
         self._agent = agent
         self._desk = desk
+        #: Where its answers go, over whatever link; made when one comes.
+        self._store: BlobStore | None = None
         #: By round, tasks that send its question, and over which link; under 0 those that send truths.
         self._sending: dict[int, dict[asyncio.Task[None], AgentLink]] = {}
-        #: By round, the task that waits for the reply's body.
-        self._replies: dict[int, asyncio.Task[None]] = {}
-        #: Those of them whose task has begun, and so claimed its body.
-        self._claimed: set[int] = set()
-        #: Truths that have not been delivered.
-        self._feedback: OrderedDict[int, tuple[Blob, Bulk]] = OrderedDict()
+        #: By round; those of a link before the present one too, as long as what came over it is being read.
+        self._replies: dict[int, _Answer] = {}
+        #: By round, truths that have not been delivered; None for one that was given up, of which the agent is told.
+        self._feedback: OrderedDict[int, tuple[Blob | None, Bulk]] = OrderedDict()
 
     # --- to the agent ---
 
     def send(self, link: "AgentLink | None", blob: Blob, header: Bulk) -> None:
-        """Sends the body of an assignment or a feedback, whose frame goes before; a truth waits for the next link."""
+        """Sends the body of an assignment or a feedback, whose frame goes before, over a link that takes frames.
+
+        Where there is none yet, the rounds send an assignment once more, and the truth waits for `resume`.
+        """
         if header.of == "feedback":
-            self._feedback[header.round] = (blob, header)
-            while len(self._feedback) > _FEEDBACK_MAX:
-                self._feedback.popitem(last=False)
-        if link is not None and not link.connection.is_closed:
+            self._keep_truth(blob, header)
+        if link is not None and link.is_taking and not link.connection.is_closed:
             self._begin(link, blob, header)
 
     def resume(self, link: "AgentLink") -> None:
-        """The session goes on over another link: sends the truths that the one before has not delivered."""
+        """The session goes on over another link: sends the truths that the one before has not delivered.
+
+        Of those that are not kept any more the agent is told that they do not come.
+        """
         for blob, header in list(self._feedback.values()):
             self._begin(link, blob, header)
 
-    def _begin(self, link: "AgentLink", blob: Blob, header: Bulk) -> None:
+    def give_up_truth(self, round_id: int) -> None:
+        """There is no room to keep a truth until it is delivered. Where it is being sent, that goes on."""
+        _, header = self._feedback[round_id]
+        self._feedback[round_id] = (None, header)
+        self._desk.truths.drop(self, round_id)
+        log.warning("truth_not_kept", agent=self._agent, round=round_id, bytes=header.size)
+
+    def _keep_truth(self, blob: Blob, header: Bulk) -> None:
+        self._feedback[header.round] = (blob, header)
+        self._desk.truths.keep(self, header.round, blob)
+        kept = [round_id for round_id, (body, _) in self._feedback.items() if body is not None]
+        if len(kept) > _TRUTHS_MAX:
+            self.give_up_truth(kept[0])
+        if len(self._feedback) > _TRUTHS_MAX + _GIVEN_UP_MAX:
+            self._forget_truth(next(iter(self._feedback)))
+
+    def _forget_truth(self, round_id: int) -> None:
+        if self._feedback.pop(round_id, None) is not None:
+            self._desk.truths.drop(self, round_id)
+
+    def _begin(self, link: "AgentLink", blob: Blob | None, header: Bulk) -> None:
         place = 0 if header.of == "feedback" else header.round
         task = asyncio.create_task(self._send(link, blob, header), name=f"body of round {header.round}")
         self._sending.setdefault(place, {})[task] = link
         task.add_done_callback(lambda done: self._sent(place, done))
 
-    async def _send(self, link: "AgentLink", blob: Blob, header: Bulk) -> None:
+    async def _send(self, link: "AgentLink", blob: Blob | None, header: Bulk) -> None:
         try:
             await link.has_opened.wait()
             async with asyncio.timeout(patience_s(header.ref)):
-                await send_blob(link.connection, blob, header)
+                if blob is None:
+                    await give_up_blob(link.connection, header)
+                else:
+                    await send_blob(link.connection, blob, header, stalled_s=STALLED_S)
         except StoppedByPeer as error:
             # It has it, does not want it, or has no room; its reply says what is to be known of that.
             log.debug("body_not_wanted", agent=self._agent, round=header.round, reason=str(error))
         except QuorateError as error:
             log.debug("body_not_delivered", agent=self._agent, round=header.round, reason=str(error))
             return
-        except TimeoutError:
+        except TimeoutError as error:
             log.warning("body_not_taken", agent=self._agent, round=header.round)
+            # They hold the body, and what is raised by a timeout is part of a cycle.
+            traceback.clear_frames(error.__traceback__)
         except OSError as error:
             log.error("body_not_read", agent=self._agent, round=header.round, problem=str(error))
-        if header.of == "feedback" and self._feedback.get(header.round, (None,))[0] is blob:
-            del self._feedback[header.round]
+        if header.of == "feedback":
+            self._forget_truth(header.round)
 
     def _sent(self, place: int, task: asyncio.Task[None]) -> None:
         tasks = self._sending.get(place)
@@ -173,8 +276,9 @@ class AgentBodies:
         ref = reply.bulk
         assert ref is not None
         inbox = self._inbox_of(link)
-        if reply.round in self._replies:
-            # The same once more; the one that came over the link before is still being read, say.
+        known = self._replies.get(reply.round)
+        if known is not None and known.link is link:
+            # The same once more.
             inbox.drop(ref)
             return
         left_s = self._desk.awaits_s(self._agent, reply.round, reply.attempt)
@@ -182,14 +286,18 @@ class AgentBodies:
             inbox.drop(ref)
             self._fail(reply, "its answer was not awaited any more")
             return
+        if known is not None:
+            # It is sent again because it did not come whole over the link before, as far as the agent knows. What is
+            # still being read of that may be cut off: this one is not.
+            known.task.cancel()
         task = asyncio.create_task(self._receive(inbox, reply, left_s), name=f"answer of {self._agent}")
-        self._replies[reply.round] = task
+        self._replies[reply.round] = _Answer(link, task)
         task.add_done_callback(lambda done: self._received(reply.round, done))
 
     async def _receive(self, inbox: BulkInbox, reply: Reply, left_s: float) -> None:
         ref = reply.bulk
         assert ref is not None
-        self._claimed.add(reply.round)
+        self._replies[reply.round].has_claimed = True
         if ref.size > self._desk.store.size_bytes_max:
             error: QuorateError = BodyTooLarge(ref.size, self._desk.store.size_bytes_max)
         else:
@@ -218,26 +326,29 @@ class AgentBodies:
         self._desk.on_reply(self._agent, failed)
 
     def _received(self, round_id: int, task: asyncio.Task[None]) -> None:
-        if self._replies.get(round_id) is task:
+        answer = self._replies.get(round_id)
+        if answer is not None and answer.task is task:
             del self._replies[round_id]
-            self._claimed.discard(round_id)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("answer_not_handed_on", agent=self._agent, round=round_id, exc_info=error)
 
     def _inbox_of(self, link: "AgentLink") -> BulkInbox:
+        if self._store is None:
+            self._store = self._desk.store.for_peer()
         if link.inbox is None:
             link.inbox = BulkInbox(
-                self._desk.store,
-                is_wanted=self._is_wanted,
+                self._store,
+                is_wanted=lambda header: self._is_wanted(link, header),
                 on_unclaimed=lambda ref: self._desk.refused_total.update(("unreferenced",)),
             )
         return link.inbox
 
-    def _is_wanted(self, header: Bulk) -> bool:
+    def _is_wanted(self, link: "AgentLink", header: Bulk) -> bool:
+        answer = self._replies.get(header.round)
         return (
             header.of == "reply"
             and header.size <= self._desk.store.size_bytes_max
-            and header.round not in self._claimed
+            and not (answer is not None and answer.link is link and answer.has_claimed)
             and self._desk.awaits_s(self._agent, header.round, None) > 0
         )
 
@@ -247,30 +358,36 @@ class AgentBodies:
         """The round is over for the agent: what is on its way in either direction is given up."""
         for task in self._sending.pop(round_id, ()):
             task.cancel()
-        self._claimed.discard(round_id)
-        receiving = self._replies.pop(round_id, None)
-        if receiving is not None:
-            receiving.cancel()
+        answer = self._replies.pop(round_id, None)
+        if answer is not None:
+            answer.task.cancel()
 
-    async def settle(self, timeout_s: float) -> None:
-        """Waits until the answers that have come are handed on."""
-        if self._replies:
-            await asyncio.wait(list(self._replies.values()), timeout=timeout_s)
+    async def settle(self, link: "AgentLink", timeout_s: float) -> bool:
+        """Waits until the answers that have come over a link are handed on; returns whether they are."""
+        tasks = [answer.task for answer in self._replies.values() if answer.link is link]
+        if not tasks:
+            return True
+        _, pending = await asyncio.wait(tasks, timeout=timeout_s)
+        return not pending
 
     async def end_link(self, link: "AgentLink", timeout_s: float) -> None:
-        """A link is over. What had come over it is read to its end, and for longer where the disk is slow."""
+        """A link is over. What had come over it is read to its end, and for longer where the disk is slow.
+
+        An answer that came whole is counted when it is read, however late; one that did not is sent again over the next
+        link and takes the place of what is left of it (`take_reply`).
+        """
         for tasks in self._sending.values():
             for task, over in tasks.items():
                 if over is link:
                     task.cancel()
         if link.inbox is not None:
             link.inbox.end(ConnectionClosed(Code.NO_ERROR, "the link is over"))
-            await self.settle(timeout_s)
-            if not self._replies:
+            if await self.settle(link, timeout_s):
                 link.inbox.close()
 
     def close(self) -> None:
         """The session is over."""
-        self._feedback.clear()
+        for round_id in list(self._feedback):
+            self._forget_truth(round_id)
         for round_id in [*self._sending, *self._replies]:
             self.stop(round_id)

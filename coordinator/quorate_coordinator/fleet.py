@@ -16,7 +16,7 @@ from typing import Final, assert_never
 
 import structlog
 
-from quorate_coordinator.agent_bodies import AgentBodies, BodyDesk
+from quorate_coordinator.agent_bodies import AgentBodies, BodyDesk, KeptTruths
 from quorate_coordinator.links import UNSENT_BYTES_MAX, AgentLink, AgentSession
 from quorate_coordinator.membership import (
     AdmitAgent,
@@ -128,7 +128,7 @@ class Fleet:
         self._on_reachable = on_reachable
         self._on_lost = on_lost
         self._serve_stream = serve_stream
-        self._desk = BodyDesk(store, bodies_refused_total, on_reply, awaits_s)
+        self._desk = BodyDesk(store, bodies_refused_total, on_reply, awaits_s, KeptTruths(store.budget))
         self._handshakes_total = handshakes_total
         self._protocol_errors_total = protocol_errors_total
         self._loop = asyncio.get_running_loop()
@@ -368,7 +368,7 @@ class Fleet:
                 done, _ = await asyncio.wait([replies], timeout=LEAVE_TIMEOUT_S)
                 if not done:
                     log.debug("agent_left_its_replies_open", agent=link.agent)
-                await member.bodies.settle(LEAVE_TIMEOUT_S)
+                await member.bodies.settle(link, LEAVE_TIMEOUT_S)
                 return "said goodbye"
             else:
                 raise UnexpectedMessage(message.wire_type, "on the control stream")

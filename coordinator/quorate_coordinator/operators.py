@@ -1,6 +1,7 @@
 """Operators' calls: each on a stream of its own, answered by one message."""
 
 import asyncio
+import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.serving import first_of, refuse_streams
 from quorate_protocol import __version__
 from quorate_protocol.blobs import Blob, BlobStore, make_blob
-from quorate_protocol.bulk import BulkInbox, header_for, patience_s, ref_to, send_blob
+from quorate_protocol.bulk import STALLED_S, BulkInbox, header_for, patience_s, ref_to, send_blob
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import (
     BodyNotReceived,
@@ -129,7 +130,7 @@ class Operators:
         reason = ""
         calls: set[asyncio.Task[None]] = set()
         inbox = BulkInbox(
-            self._store,
+            self._store.for_peer(),
             is_wanted=self._is_wanted,
             on_fault=self._count_fault,
             on_unclaimed=lambda ref: self._bodies_refused_total.update(("unreferenced",)),
@@ -223,6 +224,8 @@ class Operators:
         except (QuorateError, TimeoutError) as error:
             log.debug("call_ended_early", reason=str(error))
             channel.abort(Code.CANCELLED)
+            # They hold the bodies, and what is raised by a timeout is part of a cycle.
+            traceback.clear_frames(error.__traceback__)
         except Exception:
             log.exception("call_failed")
             channel.abort(Code.INTERNAL)
@@ -448,7 +451,7 @@ async def _send_content(made: _Call, ref: BodyRef, blob: Blob, of: BulkOf, round
     made.sent.add(ref.digest)
     try:
         async with asyncio.timeout(patience_s(ref)):
-            await send_blob(made.connection, blob, header_for(blob, of, round=round_id))
+            await send_blob(made.connection, blob, header_for(blob, of, round=round_id), stalled_s=STALLED_S)
     except TimeoutError:
         raise
     except StoppedByPeer as error:

@@ -9,7 +9,7 @@ from quorate_protocol.errors import Code, ProtocolError, QuorateError
 from quorate_protocol.messages import Message
 from quorate_protocol.transport import Connection, ReceiveStream
 
-#: Streams of one connection whose first frame has not come.
+#: Streams of one connection whose first frame has not come; the others wait to be accepted.
 _HEADERS_MAX: Final = 64
 
 #: Seconds that the first frames may take that had come when the connection ended.
@@ -32,11 +32,15 @@ async def serve_uni_streams(connection: Connection, serve: Serve, on_fault: Call
     """
     tasks: set[asyncio.Task[None]] = set()
     beginning: set[asyncio.Task[None]] = set()
+    room = asyncio.Semaphore(_HEADERS_MAX)
 
     async def begin(stream: ReceiveStream) -> None:
         try:
-            async with asyncio.timeout(HEADER_TIMEOUT_S):
-                header = await read_header(stream)
+            try:
+                async with asyncio.timeout(HEADER_TIMEOUT_S):
+                    header = await read_header(stream)
+            finally:
+                room.release()
             beginning.discard(asyncio.current_task())
             await serve(header, stream)
         except ProtocolError as error:
@@ -50,10 +54,9 @@ async def serve_uni_streams(connection: Connection, serve: Serve, on_fault: Call
 
     try:
         while True:
+            # To stop more would be to turn away bodies without knowing whose.
+            await room.acquire()
             stream = await connection.accept_uni_stream()
-            if len(beginning) >= _HEADERS_MAX:
-                stream.stop(Code.BUSY)
-                continue
             task = asyncio.create_task(begin(stream), name="uni stream")
             for group in (tasks, beginning):
                 group.add(task)

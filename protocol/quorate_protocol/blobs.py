@@ -13,12 +13,11 @@ import errno
 import hashlib
 import mmap
 import os
-import shutil
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -43,17 +42,37 @@ MEMORY_BYTES_MAX: Final = 32 * SPOOL_BYTES
 DISK_BYTES_MAX: Final = 4 * BULK_BYTES_MAX
 
 
-class BlobBudget:
-    """How many bytes the bodies of one process may hold, in memory and on disk.
+#: What one peer may hold of a process's budget, or one body of the largest size where that is more: so that no peer, by
+#: error or on purpose, has everybody else turned away. Half, because a fleet may well have one operator that asks for
+#: everything, or one agent that answers it.
+PEER_SHARE: Final = 0.5
 
-    A body's bytes count from when it is announced: two that fit one by one must not both be begun and both fail.
+
+class BlobBudget:
+    """How many bytes the bodies of one process, or of one of its peers, may hold, in memory and on disk.
+
+    A body's bytes count as they come. One for which there is no room is refused when it is announced, before a byte of
+    it was taken; announced bytes hold nothing, since whoever announces them need not send them. So of bodies that fit
+    one by one and not together, one may run out of budget in the middle.
+
+    Args:
+        memory_bytes_max: Bytes of bodies in memory.
+        disk_bytes_max: Bytes of bodies on disk.
+        part_of: Another budget in which the same bytes count as well.
     """
 
-    def __init__(self, *, memory_bytes_max: int = MEMORY_BYTES_MAX, disk_bytes_max: int = DISK_BYTES_MAX) -> None:
+    def __init__(
+        self,
+        *,
+        memory_bytes_max: int = MEMORY_BYTES_MAX,
+        disk_bytes_max: int = DISK_BYTES_MAX,
+        part_of: "BlobBudget | None" = None,
+    ) -> None:
         self.memory_bytes_max = memory_bytes_max
         self.disk_bytes_max = disk_bytes_max
         self._memory = _Account()
         self._disk = _Account()
+        self._part_of = part_of
 
     @property
     def memory_bytes(self) -> int:
@@ -62,24 +81,91 @@ class BlobBudget:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that bodies on disk take now, or will when they are all there."""
+        """Bytes that bodies on disk take now."""
         return self._disk.held_bytes
 
-    def take(self, size_bytes: int, *, on_disk: bool) -> object:
-        """A share of so many bytes. It ends when nobody holds it any more.
+    def for_peer(self, size_bytes_max: int) -> "BlobBudget":
+        """The part that one peer may hold (`PEER_SHARE`), where its bodies may be of so many bytes."""
+        return BlobBudget(
+            memory_bytes_max=min(self.memory_bytes_max, max(int(self.memory_bytes_max * PEER_SHARE), SPOOL_BYTES)),
+            disk_bytes_max=min(self.disk_bytes_max, max(int(self.disk_bytes_max * PEER_SHARE), size_bytes_max)),
+            part_of=self,
+        )
+
+    def begin(self, size_bytes: int, *, on_disk: bool) -> "BudgetShare":
+        """The share of a body that will have so many bytes; it holds none yet.
+
+        Raises:
+            SpoolFull: there is no room for them now.
+        """
+        share = BudgetShare(self, size_bytes, on_disk)
+        share.check(size_bytes)
+        return share
+
+    def take(self, size_bytes: int, *, on_disk: bool) -> "BudgetShare":
+        """A share that holds so many bytes at once.
 
         Raises:
             SpoolFull: over the budget.
         """
-        if on_disk:
-            return self._disk.take(size_bytes, self.disk_bytes_max, "on disk")
-        return self._memory.take(size_bytes, self.memory_bytes_max, "in memory")
+        share = self.begin(size_bytes, on_disk=on_disk)
+        share.grow(size_bytes)
+        return share
+
+    def _accounts(self, on_disk: bool) -> "Iterator[tuple[_Account, int, str]]":
+        """Where bytes count: the accounts, their ceilings, and what they are called."""
+        account, bytes_max = (self._disk, self.disk_bytes_max) if on_disk else (self._memory, self.memory_bytes_max)
+        where = "on disk" if on_disk else "in memory"
+        yield account, bytes_max, where if self._part_of is None else f"{where} for one peer"
+        if self._part_of is not None:
+            yield from self._part_of._accounts(on_disk)
 
 
-class _Share:
-    """Some bytes of a budget."""
+class BudgetShare:
+    """The bytes that one body holds of a budget. They are free when nobody holds the share any more."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "_budget", "_held", "_on_disk", "_size_bytes")
+
+    def __init__(self, budget: BlobBudget, size_bytes: int, on_disk: bool) -> None:
+        self._budget = budget
+        self._size_bytes = size_bytes
+        self._on_disk = on_disk
+        self._held = _Held()
+        accounts = [account for account, _, _ in budget._accounts(on_disk)]
+        weakref.finalize(self, _end_share, self._held, accounts).atexit = False
+
+    def check(self, more_bytes: int) -> None:
+        """Whether there is room for so many bytes more.
+
+        Raises:
+            SpoolFull: there is not.
+        """
+        for account, bytes_max, where in self._budget._accounts(self._on_disk):
+            if account.held_bytes + more_bytes > bytes_max:
+                raise SpoolFull(where, self._size_bytes, account.held_bytes, bytes_max)
+
+    def grow(self, more_bytes: int) -> None:
+        """Takes so many bytes more.
+
+        Raises:
+            SpoolFull: there is no room for them.
+        """
+        self.check(more_bytes)
+        self._held.size_bytes += more_bytes
+        for account, _, _ in self._budget._accounts(self._on_disk):
+            account.add(more_bytes)
+
+
+@dataclass(slots=True)
+class _Held:
+    """What a share holds; outlives it, so that it can be given back."""
+
+    size_bytes: int = 0
+
+
+def _end_share(held: _Held, accounts: "list[_Account]") -> None:
+    for account in accounts:
+        account.ended.append(held)
 
 
 class _Account:
@@ -87,22 +173,16 @@ class _Account:
 
     def __init__(self) -> None:
         self._taken_bytes = 0
-        self._ended: deque[int] = deque()
+        self.ended: deque[_Held] = deque()
 
     @property
     def held_bytes(self) -> int:
-        while self._ended:
-            self._taken_bytes -= self._ended.popleft()
+        while self.ended:
+            self._taken_bytes -= self.ended.popleft().size_bytes
         return self._taken_bytes
 
-    def take(self, size_bytes: int, bytes_max: int, where: str) -> _Share:
-        held_bytes = self.held_bytes
-        if held_bytes + size_bytes > bytes_max:
-            raise SpoolFull(where, size_bytes, held_bytes, bytes_max)
-        self._taken_bytes += size_bytes
-        share = _Share()
-        weakref.finalize(share, self._ended.append, size_bytes).atexit = False
-        return share
+    def add(self, more_bytes: int) -> None:
+        self._taken_bytes += more_bytes
 
 
 class _SpoolFile:
@@ -257,7 +337,7 @@ async def make_blob(parts: Iterable[Buffer]) -> Blob:
     return await asyncio.to_thread(blob_of, parts)
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, slots=True)
 class BlobStore:
     """Where the bodies go that come to a process."""
 
@@ -274,17 +354,22 @@ class BlobStore:
 
         Raises:
             BodyTooLarge: over the ceiling.
-            SpoolFull: over the budget.
+            SpoolFull: there is no room for it now.
         """
         return BlobWriter(self, size_bytes, digest)
 
+    def for_peer(self) -> "BlobStore":
+        """The same for one peer, who may hold a part of the budget."""
+        return replace(self, budget=self.budget.for_peer(self.size_bytes_max))
+
 
 def make_private_store() -> BlobStore:
-    """A store with a budget of its own, in a new temporary directory of this user's, which goes when the store does."""
-    directory = tempfile.mkdtemp(prefix="quorate-spool-")
-    store = BlobStore(Path(directory), BlobBudget())
-    weakref.finalize(store, shutil.rmtree, directory, ignore_errors=True)
-    return store
+    """A store with a budget of its own, in the temporary directory.
+
+    There is no directory for it to be left behind by a process that is killed: its files have no names, are for this
+    user alone, and are made so that nobody's link can stand in their place (`O_TMPFILE`, or else `mkstemp`).
+    """
+    return BlobStore(Path(tempfile.gettempdir()), BlobBudget())
 
 
 class BlobWriter:
@@ -300,7 +385,7 @@ class BlobWriter:
         self._size_bytes = size_bytes
         self._digest = digest
         self._on_disk = size_bytes > store.spool_bytes
-        self._share: object = store.budget.take(size_bytes, on_disk=self._on_disk)
+        self._share: BudgetShare | None = store.budget.begin(size_bytes, on_disk=self._on_disk)
         self._hasher = hashlib.sha256()
         #: All of it in memory; on disk, what comes after what is being written, and `_filled` bytes of it only.
         self._bytes = bytearray()
@@ -318,6 +403,7 @@ class BlobWriter:
 
         Raises:
             BodyTooLarge: they are more than was announced.
+            SpoolFull: there is no room for them any more.
             SpoolFailed: the disk does not take them.
         """
         if self._is_closed:
@@ -326,6 +412,8 @@ class BlobWriter:
             self.received_bytes += len(chunk)
             if self.received_bytes > self._size_bytes:
                 raise BodyTooLarge(self.received_bytes, self._size_bytes, announced=True)
+            assert self._share is not None, "it goes when the writer is closed"
+            self._share.grow(len(chunk))
             if not self._on_disk:
                 self._bytes += chunk
                 self._hasher.update(chunk)

@@ -12,6 +12,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from quorate_protocol.errors import (
     ProtocolError,
     QuorateError,
     SpoolError,
+    SpoolFull,
     StreamError,
     UnexpectedMessage,
 )
@@ -56,11 +58,19 @@ UNCLAIMED_S: Final = 30.0
 _PATIENCE_S: Final = 30.0
 _PATIENCE_BYTES_S: Final = 256 << 10
 
+#: Seconds without a byte after which a body that has begun to come is given up, and by the coordinator one that its
+#: peer does not take: it holds a part of the budget. Longer than a connection lives without a word (30 s), so that a
+#: break is not taken for it.
+STALLED_S: Final = 35.0
+
 #: Bodies of one connection that no message has referred to yet; and their bytes, where they are more than one.
 UNCLAIMED_MAX: Final = 64
 UNCLAIMED_BYTES_MAX: Final = 256 << 20
 
-#: Streams of one connection whose first frame has not come.
+#: References of one connection whose bodies were turned away before their messages came. More than one peer may owe.
+_TURNED_AWAY_MAX: Final = 1024
+
+#: Streams of one connection whose first frame has not come; the others wait to be accepted.
 _HEADERS_MAX: Final = 64
 
 
@@ -79,13 +89,21 @@ def header_for(blob: Blob, of: BulkOf, *, round: int = 0) -> Bulk:
     return Bulk(of=of, round=round, size=blob.size_bytes, digest=blob.digest)
 
 
-async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priority: Priority = Priority.NORMAL) -> None:
+async def send_blob(
+    connection: Connection,
+    blob: Blob,
+    header: Bulk,
+    *,
+    priority: Priority = Priority.NORMAL,
+    stalled_s: float = math.inf,
+) -> None:
     """Sends a body on a stream of its own; returns when the peer's transport has acknowledged all of it.
 
-    However it ends otherwise, cancelled too, the stream is reset. A peer that does not read is waited for: how long is
-    the caller's to say.
+    However it ends otherwise, cancelled too, the stream is reset. A peer that does not read is waited for without end,
+    or until it has taken nothing for `stalled_s` seconds (at the latest after twice as many).
 
     Raises:
+        TimeoutError: it has taken nothing for so long.
         StoppedByPeer: the peer does not want it any more, or has no room for it (`BUSY`).
         ConnectionClosed: the connection is over.
         OSError: the spooled file cannot be read.
@@ -97,10 +115,17 @@ async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priorit
     try:
         frame = header.to_frame()
         await stream.send(frame)
-        await _send_at_pace(connection, stream, blob, pace, sent_bytes=len(frame))
+        await _send_at_pace(connection, stream, blob, pace, sent_bytes=len(frame), stalled_s=stalled_s)
         await stream.finish()
-        await stream.flush()
+        await _flush(stream, 0, stalled_s)
+    except TimeoutError:  # which is an OSError, too
+        stream.reset(Code.CANCELLED)
+        raise
     except OSError:
+        # A reset overtakes what was not acknowledged, and the peer is to know which body does not come.
+        with contextlib.suppress(QuorateError, TimeoutError):
+            async with asyncio.timeout(HEADER_TIMEOUT_S):
+                await stream.flush()
         stream.reset(Code.INTERNAL)
         raise
     except BaseException:
@@ -110,19 +135,52 @@ async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priorit
         pace.end()
 
 
-async def _send_at_pace(connection: Connection, stream: SendStream, blob: Blob, pace: Pace, *, sent_bytes: int) -> None:
+async def give_up_blob(connection: Connection, header: Bulk, *, priority: Priority = Priority.NORMAL) -> None:
+    """Tells the peer that a body does not come to which a message refers that it has: its stream ends after the header.
+
+    Raises:
+        StoppedByPeer: the peer does not want it anyway.
+        ConnectionClosed: the connection is over.
+    """
+    stream = await connection.open_uni_stream(priority)
+    try:
+        await stream.send(header.to_frame())
+        await stream.flush()
+    finally:
+        stream.reset(Code.CANCELLED)
+
+
+async def _send_at_pace(
+    connection: Connection, stream: SendStream, blob: Blob, pace: Pace, *, sent_bytes: int, stalled_s: float
+) -> None:
     """Sends a body, no faster than the path carries it; `sent_bytes` were sent before."""
     loop = asyncio.get_running_loop()
     arrived_bytes = 0
     async with contextlib.aclosing(blob.chunks()) as chunks:
         async for chunk in chunks:
             for part in _split(chunk, SHARE_BYTES_MIN):
-                await stream.flush(pace.share_bytes - len(part))
+                await _flush(stream, pace.share_bytes - len(part), stalled_s)
                 more_bytes = sent_bytes - stream.unsent_bytes - arrived_bytes
                 pace.acknowledged(more_bytes, loop.time(), connection.stats.rtt_least_s)
                 arrived_bytes += more_bytes
                 await stream.send(part)
                 sent_bytes += len(part)
+
+
+async def _flush(stream: SendStream, left_bytes: int, stalled_s: float) -> None:
+    """As the stream's, but for a peer that takes nothing for so many seconds."""
+    if stream.unsent_bytes <= left_bytes or stalled_s == math.inf:
+        await stream.flush(left_bytes)
+        return
+    while True:
+        unsent_bytes = stream.unsent_bytes
+        try:
+            async with asyncio.timeout(stalled_s):
+                await stream.flush(left_bytes)
+            return
+        except TimeoutError:
+            if stream.unsent_bytes >= unsent_bytes:
+                raise
 
 
 def _split(chunk: Buffer, part_bytes: int) -> Iterator[memoryview]:
@@ -166,13 +224,14 @@ async def receive_blob(stream: ReceiveStream, header: Bulk, store: BlobStore) ->
 
     Raises:
         BodyTooLarge, BodyTruncated, BodyDigestWrong: it is over the ceiling, or not what the header says.
-        SpoolError: there is no room for it.
+        SpoolError: there is no room for it, or not for all of it.
+        BodyNotReceived: nothing more of it came for `STALLED_S` seconds.
         ResetByPeer, ConnectionClosed: the stream ended before.
     """
     try:
         writer = store.writer(header.size, header.digest)
         try:
-            while chunk := await stream.receive(CHUNK_BYTES):
+            while chunk := await _receive_some(stream, header, writer.received_bytes):
                 await writer.write(chunk)
             return await writer.finish()
         finally:
@@ -183,6 +242,15 @@ async def receive_blob(stream: ReceiveStream, header: Bulk, store: BlobStore) ->
     except BaseException:
         stream.stop(Code.CANCELLED)
         raise
+
+
+async def _receive_some(stream: ReceiveStream, header: Bulk, received_bytes: int) -> bytes:
+    for _ in range(2):
+        # In two halves: after the first, what came while this process was stopped itself is there to be read.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STALLED_S / 2):
+                return await stream.receive(CHUNK_BYTES)
+    raise BodyNotReceived(header.size, STALLED_S, received_bytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -200,7 +268,7 @@ class BulkInbox:
 
     A body and a reference that say the same size and digest are a pair; each body is given out once. What nobody refers
     to yet is received all the same, up to the limits of `UNCLAIMED_MAX` and `UNCLAIMED_BYTES_MAX` (one may be larger),
-    and dropped after `unclaimed_s` seconds.
+    and dropped after `unclaimed_s` seconds. What is over them is turned away, and its message is told.
 
     Args:
         store: Where bodies go.
@@ -232,6 +300,8 @@ class BulkInbox:
         self._claims: dict[BodyRef, deque[asyncio.Future[asyncio.Task[Blob]]]] = {}
         #: How many bodies of a kind no message will claim.
         self._refused: Counter[BodyRef] = Counter()
+        #: How many bodies of a kind were turned away that a message has not claimed.
+        self._turned_away: Counter[BodyRef] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beginning: set[asyncio.Task[None]] = set()
         self._end_error: QuorateError | None = None
@@ -250,13 +320,13 @@ class BulkInbox:
         """
         try:
             while True:
+                while len(self._beginning) >= _HEADERS_MAX:
+                    # To stop more would be to turn away bodies without knowing whose.
+                    await asyncio.wait(self._beginning, return_when=asyncio.FIRST_COMPLETED)
                 stream = await connection.accept_uni_stream()
-                if len(self._beginning) >= _HEADERS_MAX:
-                    stream.stop(Code.BUSY)
-                else:
-                    beginning = self._spawn(self._begin(stream), stream)
-                    self._beginning.add(beginning)
-                    beginning.add_done_callback(self._beginning.discard)
+                beginning = self._spawn(self._begin(stream), stream)
+                self._beginning.add(beginning)
+                beginning.add_done_callback(self._beginning.discard)
         except QuorateError as error:
             # What has come before the end can be read after it.
             while self._beginning:
@@ -287,12 +357,14 @@ class BulkInbox:
         ref = header.ref
         claim = self._next_claim(ref)
         if claim is None and self._refused[ref]:
-            self._refuse_one_less(ref)
+            self._count_off(self._refused, ref)
             stream.stop(Code.CANCELLED)
         elif claim is None and not self._is_wanted(header):
             stream.stop(Code.UNEXPECTED_MESSAGE)
         elif claim is None and not self._has_room(header.size):
             stream.stop(Code.BUSY)
+            if self._turned_away.total() < _TURNED_AWAY_MAX:
+                self._count_on(self._turned_away, ref)
         else:
             receiving = self._spawn(receive_blob(stream, header, self._store), stream)
             receiving.add_done_callback(self._received)
@@ -309,14 +381,17 @@ class BulkInbox:
         """The body that a message refers to, when all of it is there. Giving this up stops its stream.
 
         Raises:
-            BodyNotReceived: not within so many seconds.
+            BodyNotReceived: not within so many seconds, or nothing more of it for `STALLED_S`.
             BodyTooLarge, BodyTruncated, BodyDigestWrong: it is not what was announced, or over the ceiling.
             SpoolError: there is no room for it.
             ResetByPeer, ConnectionClosed: the peer gave it up, or the connection ended.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                receiving = self._take_unclaimed(ref) or await self._claim(ref)
+                receiving = self._take_unclaimed(ref)
+                if receiving is None:
+                    self._check_not_turned_away(ref)
+                    receiving = await self._claim(ref)
                 try:
                     await asyncio.wait((receiving,))
                 except BaseException:
@@ -339,13 +414,18 @@ class BulkInbox:
         if ref in self._unclaimed:
             self.drop(ref)
         elif not self._is_closed:
-            self._refused[ref] += 1
-            self._loop.call_later(self._unclaimed_s, self._refuse_one_less, ref)
+            self._count_on(self._refused, ref)
 
-    def _refuse_one_less(self, ref: BodyRef) -> None:
-        self._refused[ref] -= 1
-        if self._refused[ref] <= 0:
-            del self._refused[ref]
+    def _count_on(self, counter: Counter[BodyRef], ref: BodyRef) -> None:
+        """One more, for as long as a body and its message may wait for each other."""
+        counter[ref] += 1
+        self._loop.call_later(self._unclaimed_s, self._count_off, counter, ref)
+
+    @staticmethod
+    def _count_off(counter: Counter[BodyRef], ref: BodyRef) -> None:
+        counter[ref] -= 1
+        if counter[ref] <= 0:
+            del counter[ref]
 
     def end(self, error: QuorateError) -> None:
         """No more streams come: whoever waits for one is told the error. Bodies that have begun to come go on."""
@@ -388,6 +468,12 @@ class BulkInbox:
         error = None if receiving.cancelled() else receiving.exception()
         if isinstance(error, ProtocolError):
             self._on_fault(error)
+
+    def _check_not_turned_away(self, ref: BodyRef) -> None:
+        if self._turned_away[ref]:
+            self._count_off(self._turned_away, ref)
+            where = "among those that no message had referred to"
+            raise SpoolFull(where, ref.size, self.unclaimed_bytes, self._unclaimed_bytes_max)
 
     # --- messages that came before their bodies ---
 

@@ -7,8 +7,8 @@
         print(outcome.value)
         await client.reveal(outcome.round, "a")
 
-Values may be of any size. Large ones travel on streams of their own, and wait in a private temporary directory; large
-arrays in them are read-only views of its files.
+Values may be of any size. Large ones travel on streams of their own, and wait in files without a name in the temporary
+directory; large arrays in them are read-only views of these.
 """
 
 import asyncio

@@ -278,12 +278,20 @@ class SpoolFailed(SpoolError):
 
 
 class BodyNotReceived(QuorateError):
-    """The body that a message refers to did not come, or not whole, in the time there was."""
+    """The body that a message refers to did not come, or not whole, in the time there was.
 
-    def __init__(self, size_bytes: int, timeout_s: float) -> None:
-        super().__init__(f"body of {size_bytes} bytes has not come within {timeout_s:g} s")
+    `received_bytes` where it was given up because nothing came for so long after so many of its bytes, else None.
+    """
+
+    def __init__(self, size_bytes: int, timeout_s: float, received_bytes: int | None = None) -> None:
+        if received_bytes is None:
+            text = f"body of {size_bytes} bytes has not come within {timeout_s:g} s"
+        else:
+            text = f"body of {size_bytes} bytes: nothing has come for {timeout_s:g} s after {received_bytes} of them"
+        super().__init__(text)
         self.size_bytes = size_bytes
         self.timeout_s = timeout_s
+        self.received_bytes = received_bytes
 
 
 class Refused(QuorateError):

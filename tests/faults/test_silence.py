@@ -1,4 +1,4 @@
-"""A coordinator that dies says nothing: who waits for it must find out."""
+"""Peers that say nothing, or hear nothing: who waits for them must find out."""
 
 import asyncio
 import contextlib
@@ -9,8 +9,10 @@ import pytest
 from coordination import PATIENCE_S, coordinating, until
 from links import Nat
 from quorate_agent import Agent
+from quorate_coordinator import fleet as fleet_module
 from quorate_protocol.client import Client
-from quorate_protocol.errors import Code, ConnectionClosed
+from quorate_protocol.errors import CallFailed, Code, ConnectionClosed
+from quorate_protocol.messages import PULSE
 
 
 async def test_an_operator_gives_up_a_coordinator_that_has_fallen_silent(tmp_path: Path) -> None:
@@ -41,3 +43,32 @@ async def test_an_operator_gives_up_a_coordinator_that_has_fallen_silent(tmp_pat
         done.set()
         async with await Client.connect(fleet.url, token=fleet.token, tls=fleet.tls) as client:
             assert (await client.ask("wait", 2)).value == 2
+
+
+async def test_an_agent_that_lives_and_does_not_read_is_let_go_after_a_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not asked while it is behind, and so would not come to the end of what may wait for it."""
+    monkeypatch.setattr(fleet_module, "_BEHIND_BYTES", 1 << 20)
+    async with coordinating(tmp_path, sessions={"pulse_s": 0.1, "lease_s": 0.6}) as fleet:
+        peer = await fleet.peer()
+        await peer.join("deaf", tasks=("work",))
+
+        async def pulse() -> None:
+            while not peer.connection.is_closed:
+                peer.connection.datagrams.send(PULSE)
+                await asyncio.sleep(0.1)
+
+        pulsing = asyncio.create_task(pulse())
+        client = await fleet.operator()
+        asked = 0
+        async with asyncio.timeout(PATIENCE_S):
+            while not peer.connection.is_closed:
+                with contextlib.suppress(CallFailed):
+                    await client.ask("work", "x" * 400_000, deadline_s=0.05)
+                    asked += 1
+        closed = await peer.closed()
+        assert (closed.code, closed.reason) == (Code.BUSY, "too far behind: not reading")
+        assert 3 <= asked < 20
+        await until(lambda: fleet.infos()["deaf"].state == "lost")
+        await pulsing

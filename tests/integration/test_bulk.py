@@ -1,9 +1,10 @@
 """Bodies on streams of their own, over real connections: they arrive whole, or both ends hear why not."""
 
 import asyncio
+import contextlib
 import gc
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from quorate_coordinator.certificates import DevelopmentCredentials
 from quorate_protocol import bulk
 from quorate_protocol.blobs import Blob, BlobBudget, BlobStore, blob_of, make_blob
 from quorate_protocol.bodies import decode_body, encode_body_parts
-from quorate_protocol.bulk import BulkInbox, header_for, read_header, receive_blob, ref_to, send_blob
+from quorate_protocol.bulk import BulkInbox, give_up_blob, header_for, read_header, receive_blob, ref_to, send_blob
 from quorate_protocol.errors import (
     BodyDigestWrong,
     BodyNotReceived,
@@ -442,6 +443,11 @@ async def test_too_many_that_nobody_refers_to(bench: Bench, monkeypatch: pytest.
     for blob in (small[3], of_noise(10_000)):
         stream = await open_raw(bench.link.here, blob.size_bytes, blob.digest)
         assert await is_stopped(stream, Code.BUSY)
+    # The message that refers to one of them does not wait for it; the next such message may have its body yet.
+    with pytest.raises(SpoolFull, match="no room for a body of 100 bytes among those that no message had referred to"):
+        await inbox.get(ref_to(small[3]), PATIENCE_S)
+    with pytest.raises(BodyNotReceived):
+        await inbox.get(ref_to(small[3]), 0.01)
     assert [content(await inbox.get(ref_to(blob), PATIENCE_S)) for blob in small[:3]] == [*map(content, small[:3])]
     # One alone may be as large as it likes; the next has to wait for its message.
     large = of_noise(20_000)
@@ -460,15 +466,125 @@ async def test_streams_whose_beginning_does_not_come(bench: Bench, monkeypatch: 
         await stream.send(b"\x00")
         slow.append(stream)
     await until(lambda: len(inbox._beginning) == 2)
-    surplus = await bench.link.here.open_uni_stream()
-    await surplus.send(b"\x00")
-    with pytest.raises(StoppedByPeer) as caught:
-        async with asyncio.timeout(PATIENCE_S):
-            await surplus.flush()
-            await surplus.send(b"\x00")
-            await surplus.flush()
-    assert caught.value.code == Code.BUSY
-    await until(lambda: not inbox._beginning)
+    # The next waits until they are given up.
+    blob = of_noise(100_000)
+    await send_blob(bench.link.here, blob, header_for(blob, "reply", round=1))
+    await until(lambda: inbox.unclaimed and not inbox._beginning)
+    assert content(await inbox.get(ref_to(blob), PATIENCE_S)) == content(blob)
+    assert [await is_stopped(stream, Code.CANCELLED) for stream in slow] == [True, True]
+
+
+async def test_a_body_that_does_not_go_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "STALLED_S", 0.3)
+    inbox = bench.serve(bench.link.there)
+    data = noise(3 << 20)
+    streams = [await open_raw(bench.link.here, len(data), sha(data)) for _ in range(2)]
+    claimed = asyncio.create_task(inbox.get(BodyRef(size=len(data), digest=sha(data)), PATIENCE_S))
+    for stream in streams:
+        await stream.send(data[: 1 << 20])
+    with pytest.raises(BodyNotReceived, match=r"3145728 bytes: nothing has come for 0\.3 s after 1048576 of them"):
+        await claimed
+    # Nor does one hold anything that nobody has referred to yet; its message hears of it.
+    await until(lambda: bench.budget.disk_bytes == 0)
+    with pytest.raises(BodyNotReceived, match="after 1048576 of them"):
+        await inbox.get(BodyRef(size=len(data), digest=sha(data)), PATIENCE_S)
+    assert [await is_stopped(stream, Code.CANCELLED) for stream in streams] == [True, True]
+
+
+async def test_a_body_that_nobody_takes(bench: Bench) -> None:
+    blob = of_noise(LARGE_BYTES)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(send_blob(bench.link.here, blob, header_for(blob, "outcome"), stalled_s=0.2), PATIENCE_S)
+    stream = await bench.link.there.accept_uni_stream()
+    with pytest.raises(ResetByPeer) as caught:
+        while await stream.receive(1 << 20):
+            pass
+    assert caught.value.code == Code.CANCELLED
+
+
+async def test_a_body_that_is_taken_slowly(bench: Bench) -> None:
+    """It may take several times as long as it may stand still."""
+    blob = of_noise(8 << 20)
+    sending = asyncio.create_task(send_blob(bench.link.here, blob, header_for(blob, "outcome"), stalled_s=0.4))
+    stream = await bench.link.there.accept_uni_stream()
+    began_at = asyncio.get_running_loop().time()
+    async for _ in stream:
+        await asyncio.sleep(0.01)
+    await sending
+    assert asyncio.get_running_loop().time() - began_at > 0.8
+
+
+async def test_a_slow_body_is_not_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take several times as long as it may stand still."""
+    monkeypatch.setattr(bulk, "STALLED_S", 0.4)
+    inbox = bench.serve(bench.link.there)
+    data = noise(2 << 20)
+    stream = await open_raw(bench.link.here, len(data), sha(data))
+    receiving = asyncio.create_task(inbox.get(BodyRef(size=len(data), digest=sha(data)), PATIENCE_S))
+    began_at = asyncio.get_running_loop().time()
+    for at in range(0, len(data), 1 << 18):
+        await stream.send(data[at : at + (1 << 18)])
+        await asyncio.sleep(0.1)
+    await stream.finish()
+    assert content(await receiving) == data
+    assert asyncio.get_running_loop().time() - began_at > 0.8
+
+
+async def test_the_budget_ends_in_the_middle(bench: Bench) -> None:
+    bench.budget.disk_bytes_max = 5 << 20
+    inbox = bench.serve(bench.link.there)
+    first, second = of_noise(3 << 20, 1), of_noise(3 << 20, 2)
+    streams = [await open_raw(bench.link.here, blob.size_bytes, blob.digest) for blob in (first, second)]
+    await until(lambda: inbox.unclaimed == 2)
+    await streams[0].send(content(first))
+    await streams[0].finish()
+    with contextlib.suppress(StoppedByPeer):
+        await streams[1].send(content(second))
+    assert await is_stopped(streams[1], Code.BUSY)
+    with pytest.raises(SpoolFull, match=r"no room for a body of 3145728 bytes on disk: \d+ of 5242880 are taken"):
+        await inbox.get(ref_to(second), PATIENCE_S)
+    assert content(await inbox.get(ref_to(first), PATIENCE_S)) == content(first)
+    assert bench.faults == []
+
+
+async def test_a_body_that_its_sender_gave_up(bench: Bench) -> None:
+    inbox = bench.serve(bench.link.there)
+    blob = of_noise(1000)
+    for waits_for_it in (True, False):
+        waiting = asyncio.create_task(inbox.get(ref_to(blob), PATIENCE_S)) if waits_for_it else None
+        await give_up_blob(bench.link.here, header_for(blob, "feedback", round=1))
+        with pytest.raises(ResetByPeer) as caught:
+            await (waiting or inbox.get(ref_to(blob), PATIENCE_S))
+        assert caught.value.code == Code.CANCELLED
+
+
+async def test_a_body_that_its_sender_cannot_read(bench: Bench) -> None:
+    """Its receiver hears of it, though nothing of the body is sent."""
+
+    class Broken(Blob):
+        async def chunks(self, chunk_bytes: int = 0) -> AsyncGenerator[bytes, None]:
+            raise OSError("the disk is broken")
+            yield b""
+
+    inbox = bench.serve(bench.link.there)
+    blob = Broken(1000, bytes(32))
+    waiting = asyncio.create_task(inbox.get(ref_to(blob), PATIENCE_S))
+    with pytest.raises(OSError, match="the disk is broken"):
+        await send_blob(bench.link.here, blob, header_for(blob, "reply", round=1))
+    with pytest.raises(ResetByPeer) as caught:
+        await waiting
+    assert caught.value.code == Code.INTERNAL
+
+
+async def test_what_is_announced_holds_nothing(bench: Bench) -> None:
+    bench.budget.disk_bytes_max = 1 << 34
+    inbox = bench.serve(bench.link.there, bench.store(size_bytes_max=1 << 32), unclaimed_bytes_max=1 << 40)
+    streams = [await open_raw(bench.link.here, 1 << 32, bytes([number] * 32)) for number in range(8)]
+    await until(lambda: inbox.unclaimed == len(streams))
+    assert bench.budget.disk_bytes == 0
+    blob = of_noise(9 << 20)
+    await send_blob(bench.link.here, blob, header_for(blob, "reply", round=1))
+    assert content(await inbox.get(ref_to(blob), PATIENCE_S)) == content(blob)
 
 
 async def test_a_closed_inbox(bench: Bench) -> None:
@@ -480,7 +596,7 @@ async def test_a_closed_inbox(bench: Bench) -> None:
     for stream in streams:
         await stream.send(data[: 1 << 20])
     never = asyncio.create_task(inbox.get(BodyRef(size=1, digest=bytes(32)), PATIENCE_S))
-    await until(lambda: inbox.unclaimed == 1 and bench.budget.disk_bytes == 2 * len(data))
+    await until(lambda: inbox.unclaimed == 1 and bench.budget.disk_bytes == 2 << 20)
     inbox.close()
     for get in (claimed, never, inbox.get(ref, PATIENCE_S)):
         with pytest.raises(ConnectionClosed, match="no bodies are received any more"):

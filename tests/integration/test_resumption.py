@@ -12,6 +12,7 @@ import structlog
 from coordination import PATIENCE_S, Fleet, RawPeer, coordinating, until
 from links import Nat
 from quorate_coordinator import links as links_module
+from quorate_coordinator.membership import LinkBroken
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.errors import Code, Refused
 from quorate_protocol.messages import Assignment, Cancellation, Drain, Feedback, Outcome, Reply, Resume, Welcome
@@ -227,6 +228,37 @@ async def test_an_orderly_end_of_the_connection_ends_the_session(fleet: Fleet) -
     await until(lambda: fleet.infos()["raw"].state == "lost")
     back = await fleet.peer()
     assert not (await back.join(resume=of(welcome))).resumed
+
+
+async def test_what_is_read_of_a_link_that_is_over_does_not_count(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent was told how many replies are here, and sends the others again."""
+    members = fleet.coordinator._fleet
+    taken: list[int] = []
+    take = members._on_reply
+
+    def take_and_lose_the_link(agent: str, reply: Reply) -> None:
+        taken.append(reply.round)
+        take(agent, reply)
+        if len(taken) == 1:
+            members._handle(LinkBroken(agent, welcome.session, "test", False))
+
+    monkeypatch.setattr(members, "_on_reply", take_and_lose_the_link)
+    peer = await fleet.peer()
+    welcome = await peer.join()
+    first, asking = await asked(fleet, peer)
+    second, asking_again = await asked(fleet, peer)
+    replies = [Reply(round=one.round, body=encode_body(7)) for one in (first, second)]
+    await peer.coordination.stream.send(b"".join(reply.to_frame() for reply in replies))
+    await ended(asking)
+    await peer.connection.close(Code.INTERNAL, "a break")
+    back = await fleet.peer()
+    again = await back.join(resume=of(welcome, received=2))
+    assert (again.resumed, again.received, taken) == (True, 1, [first.round])
+    await back.coordination.send(replies[1])
+    assert (await ended(asking_again)).value == 7
+    assert taken == [first.round, second.round]
 
 
 async def test_an_agent_told_to_stop_is_told_again_over_its_next_link(fleet: Fleet) -> None:

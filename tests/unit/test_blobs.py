@@ -175,16 +175,61 @@ class TestWrong:
     async def test_a_writer_that_is_dropped(self, store: BlobStore) -> None:
         writer = store.writer(4 << 20, bytes(32))
         await writer.write(bytes(3 << 20))
-        assert store.budget.disk_bytes == 4 << 20
+        assert store.budget.disk_bytes == 3 << 20
 
 
 class TestBudget:
-    def test_what_is_announced_counts_at_once_and_until_it_is_dropped(self, store: BlobStore) -> None:
+    async def test_what_has_come_counts_until_it_is_dropped(self, store: BlobStore) -> None:
+        """What is only announced does not."""
         writers = [store.writer(SPOOL_OVER, bytes(32)), store.writer(SPOOL_OVER + 1, bytes(32))]
-        assert (store.budget.memory_bytes, store.budget.disk_bytes) == (SPOOL_OVER, SPOOL_OVER + 1)
+        assert (store.budget.memory_bytes, store.budget.disk_bytes) == (0, 0)
+        await writers[0].write(bytes(300))
+        await writers[1].write(bytes(400))
+        assert (store.budget.memory_bytes, store.budget.disk_bytes) == (300, 400)
         writers[0].close()
-        assert (store.budget.memory_bytes, store.budget.disk_bytes) == (0, SPOOL_OVER + 1)
+        assert (store.budget.memory_bytes, store.budget.disk_bytes) == (0, 400)
+        await writers[1].write(bytes(400))
+        assert store.budget.disk_bytes == 800
         del writers[1:]
+
+    @pytest.mark.parametrize(("spool_bytes", "where"), [(1 << 20, "in memory"), (0, "on disk")])
+    async def test_in_the_middle(self, tmp_path: Path, spool_bytes: int, where: str) -> None:
+        """Each of two would fit alone: one goes on, the other ends and holds nothing more."""
+        budget = BlobBudget(memory_bytes_max=1000, disk_bytes_max=1000)
+        store = BlobStore(tmp_path, budget, spool_bytes=spool_bytes)
+        first, second = (store.writer(900, sha(bytes(900))) for _ in range(2))
+        await first.write(bytes(600))
+        await second.write(bytes(400))
+        with pytest.raises(SpoolFull, match=f"a body of 900 bytes {where}: 1000 of 1000 are taken"):
+            await first.write(bytes(1))
+        await second.write(bytes(500))
+        assert (await second.finish()).size_bytes == 900
+        assert budget.memory_bytes + budget.disk_bytes == 0
+
+    @pytest.mark.parametrize(("spool_bytes", "where"), [(SPOOL_BYTES, "in memory"), (0, "on disk")])
+    async def test_one_peer_may_hold_half(self, tmp_path: Path, spool_bytes: int, where: str) -> None:
+        budget = BlobBudget(memory_bytes_max=2 * SPOOL_BYTES, disk_bytes_max=2 * SPOOL_BYTES)
+        store = BlobStore(tmp_path, budget, size_bytes_max=SPOOL_BYTES, spool_bytes=spool_bytes)
+        greedy, other = store.for_peer(), store.for_peer()
+        held = await write(greedy, bytes(SPOOL_BYTES - 1000))
+        with pytest.raises(SpoolFull, match=f"a body of 1001 bytes {where} for one peer: 8387608 of 8388608 are taken"):
+            greedy.writer(1001, bytes(32))
+        also_held = await write(other, bytes(SPOOL_BYTES))
+        assert budget.memory_bytes + budget.disk_bytes == 2 * SPOOL_BYTES - 1000
+        with pytest.raises(SpoolFull, match=f"a body of 1001 bytes {where}: 16776216 of 16777216 are taken"):
+            store.for_peer().writer(1001, bytes(32))
+        del held, also_held
+        assert budget.memory_bytes + budget.disk_bytes == 0
+        assert (await write(greedy, bytes(SPOOL_BYTES))).size_bytes == SPOOL_BYTES
+
+    @pytest.mark.parametrize(
+        ("disk_bytes_max", "size_bytes_max", "expected"), [(100, 10, 50), (100, 80, 80), (100, 200, 100)]
+    )
+    def test_one_peer_may_hold_one_of_the_largest(
+        self, disk_bytes_max: int, size_bytes_max: int, expected: int
+    ) -> None:
+        budget = BlobBudget(memory_bytes_max=1000, disk_bytes_max=disk_bytes_max).for_peer(size_bytes_max)
+        assert (budget.memory_bytes_max, budget.disk_bytes_max) == (1000, expected)
 
     @pytest.mark.parametrize(("spool_bytes", "where"), [(1 << 20, "in memory"), (0, "on disk")])
     async def test_over_it(self, tmp_path: Path, spool_bytes: int, where: str) -> None:
@@ -195,6 +240,7 @@ class TestBudget:
             store.writer(401, bytes(32))
         assert caught.value.code == Code.BUSY
         other = store.writer(400, bytes(32))
+        await other.write(bytes(400))
         blob.close()
         assert (await write(store, bytes(600))).size_bytes == 600
         other.close()
@@ -423,6 +469,33 @@ def test_files_are_gone_when_the_process_is_killed(tmp_path: Path) -> None:
         "asyncio.run(main())\n"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -9, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_private_store_leaves_nothing_where_the_process_is_killed(tmp_path: Path) -> None:
+    """And has no directory that could be left, or that another could have made before."""
+    script = (
+        "import asyncio, os, signal\n"
+        "from quorate_protocol.blobs import *\n"
+        "async def main():\n"
+        "    store = make_private_store()\n"
+        "    writer = store.writer(64 << 20, bytes(32))\n"
+        "    for _ in range(8):\n"
+        "        await writer.write(bytes(1 << 20))\n"
+        "    status = os.fstat(writer._file.fd)\n"
+        "    assert (status.st_mode & 0o777, status.st_nlink) == (0o600, 0)\n"
+        "    assert os.readlink(f'/proc/self/fd/{writer._file.fd}').startswith(os.environ['TMPDIR'])\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
     assert done.returncode == -9, done.stderr
     assert list(tmp_path.iterdir()) == []
 
