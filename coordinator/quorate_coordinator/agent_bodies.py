@@ -165,6 +165,7 @@ class KeptTruths:
 class _Answer:
     """A reply whose body is waited for."""
 
+    reply: Reply
     #: Over which the reply came, and the body does.
     link: "AgentLink"
     task: asyncio.Task[None]
@@ -272,7 +273,7 @@ class AgentBodies:
         self._inbox_of(link).take(stream, header)
 
     def take_reply(self, link: "AgentLink", reply: Reply) -> None:
-        """Hands a reply on when its body is there; at once, as failed, when nobody waits for it any more."""
+        """Hands a reply on when its body is there; at once, by reference alone, when nobody waits for it any more."""
         ref = reply.bulk
         assert ref is not None
         inbox = self._inbox_of(link)
@@ -284,14 +285,14 @@ class AgentBodies:
         left_s = self._desk.awaits_s(self._agent, reply.round, reply.attempt)
         if not left_s:
             inbox.drop(ref)
-            self._fail(reply, "its answer was not awaited any more")
+            self._desk.on_reply(self._agent, reply)
             return
         if known is not None:
             # It is sent again because it did not come whole over the link before, as far as the agent knows. What is
             # still being read of that may be cut off: this one is not.
             known.task.cancel()
         task = asyncio.create_task(self._receive(inbox, reply, left_s), name=f"answer of {self._agent}")
-        self._replies[reply.round] = _Answer(link, task)
+        self._replies[reply.round] = _Answer(reply, link, task)
         task.add_done_callback(lambda done: self._received(reply.round, done))
 
     async def _receive(self, inbox: BulkInbox, reply: Reply, left_s: float) -> None:
@@ -355,12 +356,17 @@ class AgentBodies:
     # --- the end ---
 
     def stop(self, round_id: int) -> None:
-        """The round is over for the agent: what is on its way in either direction is given up."""
+        """The round is over for the agent: what is on its way in either direction is given up.
+
+        A reply whose body was on its way counts as late, by reference alone.
+        """
         for task in self._sending.pop(round_id, ()):
             task.cancel()
         answer = self._replies.pop(round_id, None)
         if answer is not None:
             answer.task.cancel()
+            # Not at once: the rounds are in the middle of what they have to say of this one.
+            asyncio.get_running_loop().call_soon(self._desk.on_reply, self._agent, answer.reply)
 
     async def settle(self, link: "AgentLink", timeout_s: float) -> bool:
         """Waits until the answers that have come over a link are handed on; returns whether they are."""

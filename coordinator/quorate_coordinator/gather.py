@@ -270,7 +270,7 @@ class Gatherer:
         """An agent's reply came in; with its body, where that is a large one."""
         body = body_of(reply)
         if isinstance(body, BodyRef):
-            if self.book.awaits(reply.round, agent, reply.attempt):
+            if self.awaits_s(agent, reply.round, reply.attempt):
                 self.shelf.put(("answers", reply.round), body)
             body = BodyRef(size=body.size, digest=body.digest)
         self.handle(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from coordination import PATIENCE_S, Fleet, RawPeer, until
+from journal_making import read_journal
 from large_bodies import (
     DATA,
     DIGEST,
@@ -26,11 +27,14 @@ from large_bodies import (
 )
 from processes import coordinator_process
 from quorate_agent import Agent
+from quorate_coordinator.journal.records import ReplyLate
+from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_protocol.blobs import BlobStore, blob_of
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.bulk import header_for, read_header, ref_to, send_blob
 from quorate_protocol.client import Client
 from quorate_protocol.errors import BodyMissing, CallFailed, Code, ResetByPeer
+from quorate_protocol.fields import BodyRef
 from quorate_protocol.messages import (
     Assignment,
     Cancellation,
@@ -227,6 +231,24 @@ class TestStopping:
             assert (await agent.asking).state == "expired"
             assert refused(fleet) in ({}, {"not-received": 1})
             await agent.expect_well()
+
+    @pytest.mark.parametrize("has_replied", [False, True], ids=["reply too late", "body too late"])
+    async def test_an_answer_that_is_late_teaches_the_learner_how_slow_its_agent_is(
+        self, fleet: Fleet, tmp_path: Path, has_replied: bool
+    ) -> None:
+        async with rogue(fleet, deadline_s=0.3) as agent:
+            if has_replied:
+                await agent.reply(len(DATA), DIGEST)
+            assert (await asyncio.wait_for(agent.asking, PATIENCE_S)).state == "expired"
+            if not has_replied:
+                await agent.reply(len(DATA), DIGEST)
+            gatherer = fleet.coordinator._gatherer
+            await until(lambda: gatherer.learner.latency("rogue"))
+            assert gatherer.book.stray_counts["late"] == 1
+            assert refused(fleet) == {}
+            await agent.expect_well()
+        (late,) = (record for _, _, record in read_journal(tmp_path / JOURNAL_NAME) if isinstance(record, ReplyLate))
+        assert late.body == BodyRef(size=len(DATA), digest=DIGEST)
 
     async def test_an_agent_stops_sending_what_nobody_waits_for(self, fleet: Fleet) -> None:
         """Its worker hears of the round's end in the middle of a large answer, and goes on with the next."""
