@@ -23,7 +23,6 @@ from quorate_protocol.transport import ClientTls
 agent = Agent("crowd", concurrency=64)
 
 
-@agent.task("echo")
 async def echo(body: Any) -> Any:
     return body
 
@@ -43,7 +42,9 @@ def main() -> None:
     parser.add_argument("--coordinator", metavar="URL", default="quic://localhost:4433", help="its address")
     parser.add_argument("--agents", metavar="N", type=int, default=50, help="how many; 50")
     parser.add_argument("--name", default="crowd", help="their names begin with it: NAME-0, NAME-1 and so on; crowd")
+    parser.add_argument("--task", metavar="NAME", default="echo", help="what they call it; echo")
     given = parser.parse_args()
+    agent.task(given.task)(echo)
     logs.configure("warning", "auto")
     relax_collector()
     asyncio.run(run(given.coordinator, [f"{given.name}-{number}" for number in range(given.agents)]))

@@ -15,7 +15,6 @@ from structlog.testing import capture_logs
 from links import PATIENCE_S, connected, noise, pair, ping_pong, read_exactly, serving, until, url_of
 from quorate_protocol.errors import ConnectionClosed
 from quorate_protocol.transport import ServerStats
-from quorate_protocol.transport import endpoint as endpoint_module
 from quorate_protocol.transport import udp as udp_module
 from quorate_protocol.transport.udp import BATCH_DATAGRAMS_MAX, SOCKET_BUFFER_BYTES, UdpPort, bind_udp
 
@@ -460,30 +459,6 @@ async def test_a_socket_that_stays_full_does_not_keep_the_loop_busy_nor_a_connec
         del endpoint._loop.add_writer
         assert fired < 60
         await until(lambda: endpoint._gone.done())
-
-
-async def test_one_connections_bulk_leaves_turns_to_the_others(credentials, monkeypatch):
-    """Passes are bounded, and who has more waits until the others had theirs."""
-    monkeypatch.setattr(endpoint_module, "PASS_DATAGRAMS_MAX", 4)
-    async with serving(credentials) as server:
-        link = await connected(server, url_of(server), credentials)
-        other = await connected(server, url_of(server), credentials)
-        streams, others = await pair(link), await pair(other)
-        served: list[object] = []
-        serve = server._endpoint._serve
-        monkeypatch.setattr(
-            server._endpoint, "_serve", lambda connection, now: (served.append(connection), serve(connection, now))[1]
-        )
-        data = noise(1_000_000)
-        streams[1].send_nowait(data)
-        others[1].send_nowait(b"small")
-        reading = asyncio.create_task(read_exactly(streams[0], len(data)))
-        assert await read_exactly(others[0], 5) == b"small"
-        assert not reading.done()
-        assert served[:2] == [link.there, other.there]
-        assert await reading == data
-        for client in (link.here, other.here):
-            await client.close()
 
 
 async def test_closing_a_server_whose_socket_takes_nothing_ends_soon_and_whole_even_when_cancelled(credentials):

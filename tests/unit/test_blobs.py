@@ -404,6 +404,26 @@ class TestReading:
                 await read(blob)
             assert "closed" in repr(blob)
 
+    async def test_a_large_file_is_closed_in_a_thread_and_a_small_one_at_once(
+        self, store: BlobStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(blobs, "_CLOSE_BYTES", 1 << 20)
+        close, closed_by = os.close, dict[int, int]()
+
+        def noted(fd: int) -> None:
+            close(fd)
+            closed_by[fd] = threading.get_ident()
+
+        monkeypatch.setattr(os, "close", noted)
+        for size, in_place in ((1 << 20, True), ((1 << 20) + 1, False)):
+            blob = await write(store, bytes(size))
+            assert blob._file is not None
+            fd = blob._file.fd
+            blob.close()
+            assert not in_place or fd in closed_by
+            await until(lambda fd=fd: fd in closed_by)
+            assert (closed_by.pop(fd) == threading.get_ident()) == in_place
+
     async def test_closed_while_it_is_read(self, store: BlobStore) -> None:
         data = noise(1 << 20)
         blob = await write(store, data)

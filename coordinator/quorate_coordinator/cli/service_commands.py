@@ -214,6 +214,47 @@ def bench_rounds(
         _show_bench(result, json_file, picture_file)
 
 
+@bench.command("bodies")
+def bench_bodies(
+    json_file: JsonFileOption = None,
+    picture_file: PictureOption = None,
+    size_mib: Annotated[
+        int,
+        typer.Option("--size", metavar="MIB", help="How large the body is; 16 to 4000.", min=16, max=4000),
+    ] = 1024,
+    agents: Annotated[
+        int, typer.Option("--agents", metavar="N", help="How many are asked it at once, in one process.", min=1, max=64)
+    ] = 1,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Once instead of three times: the numbers say little.")
+    ] = False,
+) -> None:
+    """Small rounds alone and beside one large body each way, and how much each process grows.
+
+    One agent is asked a body and gives it back, another is asked a small question every ten milliseconds; then the
+    same beside three processes that move as many bytes by TLS over TCP, which tells what is due to busy processors.
+    Takes some two minutes for 1024 MiB, and twice as much disk where TMPDIR says.
+    """
+    common.require_extra("coordinator")
+    if picture_file is not None:
+        common.require_extra("bench", "a picture")
+    from quorate_coordinator.bench.bodies import plan
+    from quorate_coordinator.bench.bodies.run import measure_bodies
+    from quorate_coordinator.bench.report import showing_progress
+
+    with _demo_errors_shown():
+        _check_bench(json_file, picture_file, None)
+        relax_collector()
+        if size_mib * agents > plan.MIB_MAX:
+            raise ConfigurationError(
+                "--size", f"for {agents} agents it may be {plan.MIB_MAX // agents}, got {size_mib}"
+            )
+        chosen = (plan.quick if quick else plan.whole)(size_mib << 20, agents)
+        with showing_progress("bench bodies") as progress:
+            result = asyncio.run(measure_bodies(chosen, progress))
+        _show_bench(result, json_file, picture_file)
+
+
 def _check_bench(json_file: Path | None, picture_file: Path | None, only: list[str] | None) -> None:
     """Before minutes of measuring, rather than after.
 

@@ -39,8 +39,10 @@ class Processes:
         self._directory = directory
         self._processes: dict[str, asyncio.subprocess.Process] = {}
 
-    async def start(self, name: str, *arguments: str, env: dict[str, str], niceness: int = 0) -> None:
-        """Starts `python ARGUMENTS`; its output goes to a file."""
+    async def start(
+        self, name: str, *arguments: str, env: dict[str, str], niceness: int = 0, piped: bool = False
+    ) -> None:
+        """Starts `python ARGUMENTS`; its output goes to a file, or where it is piped to `line`."""
         command = [sys.executable, *arguments]
         if setpriv := shutil.which("setpriv"):
             # When this process is killed, the kernel ends the others. One that began only after it was killed is
@@ -51,7 +53,7 @@ class Processes:
                 *command,
                 env=env,
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
+                stdout=asyncio.subprocess.PIPE if piped else output,
                 stderr=output,
                 start_new_session=True,
             )
@@ -95,6 +97,20 @@ class Processes:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+
+    async def line(self, name: str) -> str:
+        """The next line that a piped one says.
+
+        Raises:
+            DemoFailed: it has ended instead.
+        """
+        process = self._processes[name]
+        assert process.stdout is not None
+        if not (line := await process.stdout.readline()):
+            await process.wait()
+            problem = f"{name} ended with exit code {process.returncode}; the end of its log is above"
+            raise DemoFailed(problem, self._tail(name))
+        return line.decode()
 
     def pid(self, name: str) -> int:
         """The number of one that was started."""

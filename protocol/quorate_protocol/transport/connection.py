@@ -127,6 +127,8 @@ class QuicConnection(Connection):
         #: The endpoint's marks: waits for its send pass; the last one ended at its limit.
         self.in_turn = False
         self.has_more_to_send = False
+        #: Something was written on a stream over NORMAL since the last pass.
+        self.is_urgent = False
         self._driver = driver
         self._protocol = ""
         self._close_error: ConnectionClosed | None = None
@@ -253,10 +255,14 @@ class QuicConnection(Connection):
 
     # --- for streams ---
 
-    def write(self, stream_id: int, data: bytes | memoryview, end: bool = False, *, hurried: bool = True) -> None:
+    def write(
+        self, stream: QuicSendStream, data: bytes | memoryview, end: bool = False, *, hurried: bool = True
+    ) -> None:
         if self._close_error is None:
-            self.engine.write(stream_id, data, end)
+            self.engine.write(stream.id, data, end)
             if hurried:
+                if stream.priority < Priority.NORMAL:
+                    self.is_urgent = True
                 self._driver.wants_turn_at_once(self)
             else:
                 self._driver.wants_turn_soon(self)

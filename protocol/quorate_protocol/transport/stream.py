@@ -89,7 +89,7 @@ class QuicSendStream(SendStream):
                     await self._wait_for_room()
                     self._check_can_send()
                 part = payload if len(payload) <= _SLICE_BYTES else payload[at : at + _SLICE_BYTES]
-                connection.write(self.id, bytes(part))
+                connection.write(self, bytes(part))
                 self._sending_midway = at + _SLICE_BYTES < len(payload)
                 if self._send_error is not None:
                     # The write itself may have met with the end of the connection.
@@ -110,7 +110,7 @@ class QuicSendStream(SendStream):
         payload = data if type(data) is bytes else bytes(flat(data))
         if self._sending_midway:
             raise RuntimeError(f"stream {self.id}: another task is in the middle of sending")
-        self._connection.write(self.id, payload, hurried=hurried)
+        self._connection.write(self, payload, hurried=hurried)
 
     @property
     def unsent_bytes(self) -> int:
@@ -130,7 +130,7 @@ class QuicSendStream(SendStream):
         if self._send_ended or self._send_error is not None:
             return
         self._send_ended = True
-        self._connection.write(self.id, b"", end=True)
+        self._connection.write(self, b"", end=True)
         self._connection.forget_if_done(self)
 
     def reset(self, code: int) -> None:
