@@ -16,7 +16,7 @@ import structlog
 
 from quorate_coordinator.asking import Asking, Listener
 from quorate_coordinator.blob_shelf import BlobShelf
-from quorate_coordinator.idempotency import Keys, check_same, digest_of, is_final
+from quorate_coordinator.idempotency import Keys, check_same, earlier_digest_of, is_final, question_of
 from quorate_coordinator.journal.records import Record, RoundClosed
 from quorate_coordinator.learner.api import Experience, Learner
 from quorate_coordinator.ledger import Announcement, Ledger, Question, as_told, book_outcome_of, outcome_of
@@ -65,6 +65,7 @@ from quorate_protocol.messages import (
     Cancellation,
     Feedback,
     Opened,
+    Outcome,
     Part,
     Reply,
     Reveal,
@@ -118,8 +119,11 @@ class Recorder(Protocol):
     def append_checkpoint(self, seq: int, snapshot: bytes) -> None:
         """Queues the learner's state after all records up to `seq`."""
 
-    def find_key(self, key: str) -> RoundClosed | None:
-        """The last round that was closed under a key."""
+    def find_key(self, key: str) -> int | None:
+        """Number of the last round that was opened under a key."""
+
+    async def read_key(self, key: str) -> RoundClosed | None:
+        """How that round was closed, which may be large."""
 
     def has_truth(self, round_id: int) -> bool:
         """Whether the truth of a round is recorded."""
@@ -198,19 +202,19 @@ class Gatherer:
 
     # --- calls ---
 
-    def find_asked(self, ask: Ask, listener: Listener | None = None) -> Asking | None:
+    async def find_asked(self, ask: Ask, listener: Listener | None = None) -> Asking | None:
         """The round that was asked for before under the same key. The caller has joined it; its body is not looked at.
 
         Raises:
             CallFailed: another question was asked under the key.
         """
-        asking = self._find_asked(_question_of(ask))
+        asking = await self._find_asked(ask, question_of(ask))
         if asking is not None:
             self.repeated_total += 1
             asking.join(listener)
         return asking
 
-    def ask(self, ask: Ask, operator: str = "", listener: Listener | None = None) -> Asking:
+    async def ask(self, ask: Ask, operator: str = "", listener: Listener | None = None) -> Asking:
         """Opens a round, or finds the one that was asked for before under the same key. The caller has joined it.
 
         A large body is there: its reference carries it.
@@ -218,9 +222,9 @@ class Gatherer:
         Raises:
             CallFailed: there was no round.
         """
-        if (asking := self.find_asked(ask, listener)) is not None:
+        if (asking := await self.find_asked(ask, listener)) is not None:
             return asking
-        question = _question_of(ask)
+        question = question_of(ask)
         self._check_recording()
         candidates = Candidates(self._fleet.select(ask.task, ask.labels), self._fleet.select_away(ask.task, ask.labels))
         request_id = next(self._request_ids)
@@ -277,21 +281,26 @@ class Gatherer:
         record, _ = self.ledger.experience(experience)
         self._record(record)
 
-    def _find_asked(self, question: Question) -> Asking | None:
+    async def _find_asked(self, ask: Ask, question: Question) -> Asking | None:
         """The round that was asked for under this key: in flight, or over."""
         if question.key is None or question.digest is None:
             return None
-        keyed = self._keys.find(question.key, question.digest)
-        if keyed is not None and keyed.request_id is not None:
-            return self._asks.get(keyed.request_id)
-        outcome = keyed.outcome if keyed is not None else None
-        if outcome is None and self._recorder is not None:
-            closed = self._recorder.find_key(question.key)
-            if closed is not None and is_final(outcome_of(closed)):
-                check_same(question.key, closed.digest, question.digest)
-                outcome = outcome_of(closed)
-        if outcome is None:
-            return None
+        outcome: Outcome | None = None
+        read: int | None = None
+        while outcome is None:
+            keyed = self._keys.find(question.key, question.digest)
+            if keyed is not None and keyed.request_id is not None:
+                return self._asks.get(keyed.request_id)
+            if keyed is not None:
+                outcome = keyed.outcome
+            elif self._recorder is None or (newest := self._recorder.find_key(question.key)) in (None, read):
+                return None
+            else:
+                # While it is read others ask: what is known of the key is looked at again, where it came to nothing.
+                read, closed = newest, await self._recorder.read_key(question.key)
+                if closed is not None and is_final(found := outcome_of(closed)):
+                    check_same(question.key, closed.digest, question.digest, earlier_digest_of(ask))
+                    outcome = found
         asking = Asking(0, question, self._withdraw)
         asking.answer(self.shelf.fill_outcome(outcome))
         return asking
@@ -583,7 +592,3 @@ class Gatherer:
             again = "ask again later" + ("" if asking.question.key is None else " under the same key")
             message = f"round {number} is over, but that cannot be recorded now: {why}; {again}"
             asking.fail(CallFailed("not-recorded", message, retry=True))
-
-
-def _question_of(ask: Ask) -> Question:
-    return Question() if ask.key is None else Question(ask.key, digest_of(ask))

@@ -299,13 +299,13 @@ class Operators:
             asking = None
             if ask.bulk is not None:
                 # What was asked before need not be sent once more.
-                asking = self._gatherer.find_asked(ask, listener)
+                asking = await self._gatherer.find_asked(ask, listener)
                 if asking is not None:
                     made.inbox.refuse(ask.bulk)
                 else:
                     ask = await _unless_withdrawn(watching, self._with_body(made, ask))
             if asking is None:
-                asking = self._gatherer.ask(ask, made.caller.id, listener)
+                asking = await self._gatherer.ask(ask, made.caller.id, listener)
             # Whatever is raised from here on holds this frame: not the question with it.
             del ask
             return await _follow(made, asking, told, watching, listener)
