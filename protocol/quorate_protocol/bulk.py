@@ -37,6 +37,7 @@ from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import BULK_HEADER_BYTES_MAX, FRAME_PREFIX_BYTES
 from quorate_protocol.messages import Bulk, BulkOf, Message, parse_message
 from quorate_protocol.pace import SHARE_BYTES_MIN, Pace
+from quorate_protocol.taking import while_taken
 from quorate_protocol.transport.api import Buffer, Connection, Priority, ReceiveStream, SendStream
 
 T = TypeVar("T")
@@ -79,30 +80,43 @@ def header_for(blob: Blob, of: BulkOf, *, round: int = 0) -> Bulk:
     return Bulk(of=of, round=round, size=blob.size_bytes, digest=blob.digest)
 
 
-async def send_blob(connection: Connection, blob: Blob, header: Bulk, *, priority: Priority = Priority.NORMAL) -> None:
+async def send_blob(
+    connection: Connection,
+    blob: Blob,
+    header: Bulk,
+    *,
+    priority: Priority = Priority.NORMAL,
+    untaken_s: float | None = None,
+) -> None:
     """Sends a body on a stream of its own; returns when the peer's transport has acknowledged all of it.
 
-    However it ends otherwise, cancelled too, the stream is reset. A peer that does not read is waited for: how long is
-    the caller's to say.
+    However it ends otherwise, cancelled too, the stream is reset. A peer that does not read is waited for, unless
+    `untaken_s` says for how many seconds it may take nothing.
 
     Raises:
         StoppedByPeer: the peer does not want it any more, or has no room for it (`BUSY`).
         ConnectionClosed: the connection is over.
-        OSError: the spooled file cannot be read.
+        TimeoutError: the peer has taken nothing for too long.
+        OSError: any other: the spooled file cannot be read. The peer has been told which body does not come.
     """
     assert (header.size, header.digest) == (blob.size_bytes, blob.digest), "the header is another body's"
-    stream = await connection.open_uni_stream(priority)
+    async with asyncio.timeout(untaken_s):
+        stream = await connection.open_uni_stream(priority)
     pace = _paces.setdefault(connection, Pace())
     pace.begin(asyncio.get_running_loop().time())
     try:
-        frame = header.to_frame()
-        await stream.send(frame)
-        await _send_at_pace(connection, stream, blob, pace, sent_bytes=len(frame))
-        await stream.finish()
-        await stream.flush()
-    except OSError:
-        stream.reset(Code.INTERNAL)
-        raise
+        async with while_taken(stream, untaken_s):
+            frame = header.to_frame()
+            await stream.send(frame)
+            try:
+                await _send_at_pace(connection, stream, blob, pace, sent_bytes=len(frame))
+            except OSError:
+                # A reset may overtake the header, and without it nobody knows which body does not come.
+                await stream.flush()
+                stream.reset(Code.INTERNAL)
+                raise
+            await stream.finish()
+            await stream.flush()
     except BaseException:
         stream.reset(Code.CANCELLED)
         raise

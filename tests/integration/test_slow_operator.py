@@ -1,6 +1,5 @@
 """An operator that does not read what its streamed rounds are told: the rounds go on, and nothing piles up."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from coordination import Fleet, coordinating, until
 from quorate_agent import Agent
-from quorate_coordinator.operators import _skip_parts
+from quorate_coordinator.telling import Told, Untaken
 from quorate_protocol.messages import AgentResult, Opened, Part
 
 
@@ -19,14 +18,16 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
         yield fleet
 
 
-def test_parts_are_left_out_once_the_outcome_is_there() -> None:
-    told: asyncio.Queue[Opened | Part | None] = asyncio.Queue()
-    opened = Opened(round=1, selected=["a", "b"], quorum=1, deadline_s=1.0)
-    told.put_nowait(opened)
+async def test_parts_are_left_out_once_the_outcome_is_there() -> None:
+    untaken = Untaken(1 << 30)
+    told = Told(untaken)
+    told.put(Opened(round=1, selected=["a", "b"], quorum=1, deadline_s=1.0))
     for agent in ("a", "b"):
-        told.put_nowait(Part(round=1, result=AgentResult(agent=agent, status="replied", body=b"\x01")))
-    _skip_parts(told)
-    assert [told.get_nowait() for _ in range(told.qsize())] == [opened]
+        told.put(Part(round=1, result=AgentResult(agent=agent, status="replied", body=b"\x01")))
+    assert len(told) == 3
+    assert untaken.memory_bytes > 0
+    told.end()
+    assert (len(told), untaken.memory_bytes) == (1, 0)
 
 
 async def test_each_agent_is_told_once_however_slow_the_reader(fleet: Fleet) -> None:
