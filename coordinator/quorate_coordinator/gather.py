@@ -427,7 +427,7 @@ class Gatherer:
                 self._fleet.send(instruction.agents, frame, is_assignment=True)
                 self._send_body(instruction.agents, instruction.body, "assignment", instruction.round)
             case TellPart(request_id, round_id, result):
-                if (asking := self._asks.get(request_id)) is not None:
+                if (asking := self._asks.get(request_id)) is not None and asking.is_heard:
                     asking.tell(Part(round=round_id, result=self.shelf.fill_result(as_told(result))))
             case SendCancellation():
                 frame = Cancellation(round=instruction.round, reason=clip_text(instruction.reason)).to_frame()

@@ -88,6 +88,52 @@ async def test_two_at_once_share_one_round(fleet: Fleet, gated: Gated) -> None:
     assert (closed(fleet), gated.begun) == ({"complete": 1}, 1)
 
 
+async def test_who_joins_and_streams_hears_of_parts_also_where_the_first_did_not_stream(
+    fleet: Fleet, gated: Gated
+) -> None:
+    other = Gated("b")
+    await fleet.join(other.agent)
+    first, second = await fleet.operator(), await fleet.operator()
+    asking = asyncio.create_task(first.ask("echo", 1, key="k", quorum=1.0))
+    await until(lambda: gated.running == other.running == 1)
+    told: list[str] = []
+
+    async def stream() -> None:
+        async for result in second.ask_stream("echo", 1, key="k", quorum=1.0):
+            told.append(result.agent)  # noqa: PERF401  looked at meanwhile
+
+    streaming = asyncio.create_task(stream())
+    await until(lambda: fleet.coordinator._gatherer.repeated_total == 1)
+    other.gate.set()
+    await until(lambda: told)
+    assert (told, gated.running, closed(fleet)) == (["b"], 1, {})
+    gated.gate.set()
+    await got(asking)
+    async with asyncio.timeout(PATIENCE_S):
+        await streaming
+    assert told == ["b", "a"]
+
+
+async def test_a_withdrawal_leaves_the_round_to_who_was_cut_off(fleet: Fleet, gated: Gated) -> None:
+    first, second = await fleet.operator(), await fleet.operator()
+    cut_off = asyncio.create_task(first.ask("echo", 1, key="k"))
+    await until(lambda: gated.running == 1)
+    withdrawn = asyncio.create_task(second.ask("echo", 1, key="k"))
+    await until(lambda: fleet.coordinator._gatherer.repeated_total == 1)
+    first._connection.abort()
+    with pytest.raises(ConnectionClosed):
+        await cut_off
+    await until(lambda: len(fleet.coordinator._operators._owed) == 1)
+    await withdraw(withdrawn)
+    await until(lambda: not fleet.coordinator._operators._owed)
+    assert (closed(fleet), gated.cancelled) == ({}, 0)
+    back = asyncio.create_task((await fleet.operator()).ask("echo", 1, key="k"))
+    await until(lambda: fleet.coordinator._gatherer.repeated_total == 2)
+    gated.gate.set()
+    assert (await got(back)).value == 1
+    assert gated.begun == 1
+
+
 @pytest.mark.parametrize("how", ["closed", "broken"])
 async def test_a_round_with_a_key_outlives_its_operators_connection(fleet: Fleet, gated: Gated, how: str) -> None:
     first = await fleet.operator()
