@@ -12,7 +12,7 @@ from quorate_coordinator.asking import Asking
 from quorate_coordinator.fitting import fit
 from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.serving import first_of, refuse_streams
-from quorate_coordinator.telling import Call, Told, Untaken, send_answer
+from quorate_coordinator.telling import Call, Told, Untaken, end, result_of, send_answer
 from quorate_protocol import __version__
 from quorate_protocol.blobs import BlobStore
 from quorate_protocol.bulk import BulkInbox, patience_s
@@ -321,7 +321,8 @@ async def _follow(call: Call, asking: Asking, told: Told | None, watch: "_Watch"
         outcome = await asyncio.shield(asking.outcome)
         if told is not None and telling is not None:
             told.end()
-            await telling
+            await asyncio.wait((telling,))
+            result_of(telling)
         return outcome
     finally:
         # First of all: the connection's end cancels this once more while it waits. Who resets or stops the call
@@ -332,17 +333,7 @@ async def _follow(call: Call, asking: Asking, told: Told | None, watch: "_Watch"
         else:
             asking.leave(listener)
         if telling is not None:
-            await _end(telling)
-
-
-async def _end(*tasks: "asyncio.Future[Any]") -> None:
-    """Cancels tasks; returns when they have ended, however."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()
+            await end(telling)
 
 
 class _Watch:
@@ -377,7 +368,7 @@ class _Watch:
             self._check()
             for other in others:
                 if other.done():
-                    other.result()
+                    result_of(other)
             waiting = [one for one in (wanted, self._reading, self._stopped, *others) if not one.done()]
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
 
@@ -388,22 +379,16 @@ class _Watch:
             await self.until(task)
             return task.result()
         finally:
-            await _end(task)
+            await end(task)
 
     async def close(self) -> None:
         """Looks no more."""
-        await _end(self._reading)
+        await end(self._reading)
 
     def _check(self) -> None:
-        # Afresh: a future keeps its own, which would keep all frames from here up.
         if self._stopped.done():
             raise self._stopped.result().again()
-        if not self._reading.done():
-            return
-        error = self._reading.exception()
-        if error is not None:
-            raise error.again() if isinstance(error, QuorateError) else error
-        if self._reading.result() is not None:
+        if self._reading.done() and result_of(self._reading) is not None:
             raise UnexpectedMessage("second", "on a call stream")
 
 

@@ -5,7 +5,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import structlog
 
@@ -13,13 +13,15 @@ from quorate_coordinator.blob_shelf import contents_of
 from quorate_protocol.blobs import Blob
 from quorate_protocol.bulk import BulkInbox, header_for, send_blob
 from quorate_protocol.channel import Channel
-from quorate_protocol.errors import CallFailed, FrameTooLarge, StoppedByPeer
+from quorate_protocol.errors import CallFailed, FrameTooLarge, QuorateError, StoppedByPeer
 from quorate_protocol.fields import BodyRef, inline_bytes
 from quorate_protocol.messages import BulkOf, Hello, Message, Opened, Outcome, Part
 from quorate_protocol.taking import while_taken
 from quorate_protocol.transport import Connection
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 #: Seconds in which an operator may take no byte of an answer or of a large body; then its call is given up. Twice as
 #: long as a connection lives without a word.
@@ -217,14 +219,32 @@ async def _unless_enough(call: Call, contents: dict[BodyRef, Blob], round_id: in
     sending = asyncio.ensure_future(send_all())
     try:
         await asyncio.wait((watching, sending), return_when=asyncio.FIRST_COMPLETED)
-        (sending if sending.done() else watching).result()
+        result_of(sending if sending.done() else watching)
     finally:
-        for task in (watching, sending):
-            task.cancel()
-        await asyncio.wait((watching, sending))
-        for task in (watching, sending):
-            if not task.cancelled():
-                task.exception()
+        await end(watching, sending)
+
+
+def result_of(task: "asyncio.Future[T]") -> T:
+    """The result of what is done.
+
+    What it raised is raised afresh: it keeps its own, which would keep all frames from here up, and bodies with them.
+    """
+    error = task.exception()
+    if isinstance(error, QuorateError):
+        raise error.again()
+    if isinstance(error, TimeoutError):
+        raise TimeoutError
+    return task.result()
+
+
+async def end(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancels tasks; returns when they have ended, however."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()
 
 
 async def _send_content(call: Call, ref: BodyRef, blob: Blob, of: BulkOf, round_id: int) -> None:

@@ -30,25 +30,47 @@ async def while_taken(
     if untaken_s is None:
         yield
         return
-    loop = asyncio.get_running_loop()
-    every_s = untaken_s / _LOOKS
-    unsent_bytes = stream.unsent_bytes
-    idle_looks = 0
-    timer: asyncio.TimerHandle
+    is_taken = True
+    try:
+        async with asyncio.timeout(None) as end:
+            look = _Look(stream, untaken_s / _LOOKS, counts, end)
+            del end
+            try:
+                yield
+            finally:
+                look.close()
+    except TimeoutError:
+        is_taken = False
+    if not is_taken:
+        # Afresh: the timeout's own holds its task, which would hold it in turn, and bodies with it.
+        raise TimeoutError
 
-    def look() -> None:
-        nonlocal unsent_bytes, idle_looks, timer
+
+class _Look:
+    """Looks at a stream now and then, and ends a timeout."""
+
+    def __init__(self, stream: SendStream, every_s: float, counts: Callable[[], bool], end: asyncio.Timeout) -> None:
+        self._stream = stream
+        self._every_s = every_s
+        self._counts = counts
+        self._end: asyncio.Timeout | None = end
+        self._unsent_bytes = stream.unsent_bytes
+        self._idle = 0
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(every_s, self._look)
+
+    def _look(self) -> None:
+        unsent_bytes = self._stream.unsent_bytes
         # More than before is a sign of life, too: there was room for it.
-        idle_looks = idle_looks + 1 if stream.unsent_bytes == unsent_bytes and counts() else 0
-        unsent_bytes = stream.unsent_bytes
-        if idle_looks >= _LOOKS:
-            end.reschedule(loop.time())
+        self._idle = self._idle + 1 if unsent_bytes == self._unsent_bytes and self._counts() else 0
+        self._unsent_bytes = unsent_bytes
+        if self._idle >= _LOOKS:
+            assert self._end is not None, "the timer is cancelled"
+            self._end.reschedule(self._loop.time())
         else:
-            timer = loop.call_later(every_s, look)
+            self._timer = self._loop.call_later(self._every_s, self._look)
 
-    async with asyncio.timeout(None) as end:
-        timer = loop.call_later(every_s, look)
-        try:
-            yield
-        finally:
-            timer.cancel()
+    def close(self) -> None:
+        """Looks no more."""
+        self._timer.cancel()
+        self._end = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import subprocess
@@ -16,6 +17,7 @@ from coordination import PATIENCE_S, Fleet, RawPeer, coordinating, until
 from processes import coordinator_process
 from quorate_agent import Agent
 from quorate_agent import worker as agent_worker
+from quorate_protocol import blobs
 from quorate_protocol.blobs import BlobBudget, BlobStore, blob_of
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.bulk import header_for, read_header, ref_to, send_blob
@@ -518,6 +520,29 @@ class TestStopping:
         outcome = await client.ask("t", question, quorum=1, grace_s=0.0)
         assert (outcome.state, outcome.value) == ("quorate", int(question.sum()))
         await peer.leave()
+
+
+class TestBrokenDisk:
+    @pytest.mark.parametrize("streamed", [False, True])
+    async def test_an_answer_that_cannot_be_read_any_more_is_not_waited_for(
+        self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, streamed: bool
+    ) -> None:
+        def broken(file: Any, offset: int, count: int) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(blobs._SpoolFile, "read_cached", broken)
+        await fleet.join(answering("a", lambda body: noise(12 * MIB)))
+        client = await fleet.operator()
+
+        async def ask() -> None:
+            if streamed:
+                async for _ in client.ask_stream("t", 1):
+                    pass
+            else:
+                await client.ask("t", 1)
+
+        with pytest.raises(ResetByPeer, match="INTERNAL"):
+            await asyncio.wait_for(ask(), PATIENCE_S)
 
 
 class TestBrokenLinks:
