@@ -243,7 +243,7 @@ class AgentBodies:
                 if blob is None:
                     await give_up_blob(link.connection, header)
                 else:
-                    await send_blob(link.connection, blob, header, stalled_s=STALLED_S)
+                    await send_blob(link.connection, blob, header, untaken_s=STALLED_S)
         except StoppedByPeer as error:
             # It has it, does not want it, or has no room; its reply says what is to be known of that.
             log.debug("body_not_wanted", agent=self._agent, round=header.round, reason=str(error))

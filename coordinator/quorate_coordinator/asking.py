@@ -30,15 +30,23 @@ class Asking:
         self.opened: Opened | None = None
         self._cancel = cancel
         self._waiting = 0
+        #: Of those who waited, how many are gone and may come back.
+        self._away = 0
         self._listeners: list[Listener] = []
 
     def join(self, listener: Listener | None) -> None:
         """One more waits. A listener that joins late hears of the opening, and of the parts that end from now on."""
         self._waiting += 1
+        self._away = max(0, self._away - 1)  # the same question under the same key: it is one of them
         if listener is not None:
             self._listeners.append(listener)
             if self.opened is not None and not self.outcome.done():
                 listener(self.opened)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self._listeners)
 
     def tell(self, message: Opened | Part) -> None:
         """Tells all listeners."""
@@ -48,12 +56,17 @@ class Asking:
             listener(message)
 
     def withdraw(self, listener: Listener | None) -> None:
-        """Somebody who waited does not want it any more. When nobody does, the round is cancelled."""
-        self._leave(listener, cancels=True)
+        """Somebody who waited does not want it any more. When nobody does, the round is cancelled.
+
+        It goes on for who is gone and may come back.
+        """
+        self._leave(listener, cancels=self._away == 0)
 
     def leave(self, listener: Listener | None) -> None:
         """Somebody who waited is gone, and may come back for a round that has a key. Any other is cancelled."""
-        self._leave(listener, cancels=self.question.key is None)
+        has_key = self.question.key is not None
+        self._away += has_key
+        self._leave(listener, cancels=not has_key)
 
     def _leave(self, listener: Listener | None, *, cancels: bool) -> None:
         self._waiting -= 1

@@ -17,7 +17,7 @@ import structlog
 from quorate_coordinator.asking import Asking, Listener
 from quorate_coordinator.blob_shelf import BlobShelf
 from quorate_coordinator.gather_ports import Fleet, Recorder
-from quorate_coordinator.idempotency import Keys, check_same, digest_of, is_final
+from quorate_coordinator.idempotency import Keys, check_same, earlier_digest_of, is_final, question_of
 from quorate_coordinator.journal.records import Record, RoundClosed
 from quorate_coordinator.learner.api import Experience, Learner
 from quorate_coordinator.ledger import (
@@ -72,6 +72,7 @@ from quorate_protocol.messages import (
     Cancellation,
     Feedback,
     Opened,
+    Outcome,
     Part,
     Reply,
     Reveal,
@@ -153,19 +154,19 @@ class Gatherer:
 
     # --- calls ---
 
-    def find_asked(self, ask: Ask, listener: Listener | None = None) -> Asking | None:
+    async def find_asked(self, ask: Ask, listener: Listener | None = None) -> Asking | None:
         """The round that was asked for before under the same key. The caller has joined it; its body is not looked at.
 
         Raises:
             CallFailed: another question was asked under the key.
         """
-        asking = self._find_asked(_question_of(ask))
+        asking = await self._find_asked(ask, question_of(ask))
         if asking is not None:
             self.repeated_total += 1
             asking.join(listener)
         return asking
 
-    def ask(self, ask: Ask, operator: str = "", listener: Listener | None = None) -> Asking:
+    async def ask(self, ask: Ask, operator: str = "", listener: Listener | None = None) -> Asking:
         """Opens a round, or finds the one that was asked for before under the same key. The caller has joined it.
 
         A large body is there: its reference carries it.
@@ -173,9 +174,9 @@ class Gatherer:
         Raises:
             CallFailed: there was no round.
         """
-        if (asking := self.find_asked(ask, listener)) is not None:
+        if (asking := await self.find_asked(ask, listener)) is not None:
             return asking
-        question = _question_of(ask)
+        question = question_of(ask)
         self._check_recording()
         candidates = Candidates(self._fleet.select(ask.task, ask.labels), self._fleet.select_away(ask.task, ask.labels))
         request_id = next(self._request_ids)
@@ -234,21 +235,26 @@ class Gatherer:
         if report is not None:
             self._record(record)
 
-    def _find_asked(self, question: Question) -> Asking | None:
+    async def _find_asked(self, ask: Ask, question: Question) -> Asking | None:
         """The round that was asked for under this key: in flight, or over."""
         if question.key is None or question.digest is None:
             return None
-        keyed = self._keys.find(question.key, question.digest)
-        if keyed is not None and keyed.request_id is not None:
-            return self._asks.get(keyed.request_id)
-        outcome = keyed.outcome if keyed is not None else None
-        if outcome is None and self._recorder is not None:
-            closed = self._recorder.find_key(question.key)
-            if closed is not None and is_final(outcome_of(closed)):
-                check_same(question.key, closed.digest, question.digest)
-                outcome = outcome_of(closed)
-        if outcome is None:
-            return None
+        outcome: Outcome | None = None
+        read: int | None = None
+        while outcome is None:
+            keyed = self._keys.find(question.key, question.digest)
+            if keyed is not None and keyed.request_id is not None:
+                return self._asks.get(keyed.request_id)
+            if keyed is not None:
+                outcome = keyed.outcome
+            elif self._recorder is None or (newest := self._recorder.find_key(question.key)) in (None, read):
+                return None
+            else:
+                # While it is read others ask: what is known of the key is looked at again, where it came to nothing.
+                read, closed = newest, await self._recorder.read_key(question.key)
+                if closed is not None and is_final(found := outcome_of(closed)):
+                    check_same(question.key, closed.digest, question.digest, earlier_digest_of(ask))
+                    outcome = found
         asking = Asking(0, question, self._withdraw)
         asking.answer(self.shelf.fill_outcome(outcome))
         return asking
@@ -388,7 +394,7 @@ class Gatherer:
                 self._fleet.send(instruction.agents, frame, is_assignment=True)
                 self._send_body(instruction.agents, instruction.body, "assignment", instruction.round)
             case TellPart(request_id, round_id, result):
-                if (asking := self._asks.get(request_id)) is not None:
+                if (asking := self._asks.get(request_id)) is not None and asking.is_heard:
                     asking.tell(Part(round=round_id, result=self.shelf.fill_result(as_told(result))))
             case SendCancellation():
                 frame = Cancellation(round=instruction.round, reason=clip_text(instruction.reason)).to_frame()
@@ -551,10 +557,6 @@ class Gatherer:
             again = "ask again later" + ("" if asking.question.key is None else " under the same key")
             message = f"round {number} is over, but that cannot be recorded now: {why}; {again}"
             asking.fail(CallFailed("not-recorded", message, retry=True))
-
-
-def _question_of(ask: Ask) -> Question:
-    return Question() if ask.key is None else Question(ask.key, digest_of(ask))
 
 
 def _failure() -> CallFailed:

@@ -54,8 +54,11 @@ class Recorder(Protocol):
     def append_checkpoint(self, seq: int, take_snapshot: Callable[[], bytes]) -> None:
         """Queues the learner's state after all records up to `seq`; it is not due any more, even if that raises."""
 
-    def find_key(self, key: str) -> RoundClosed | None:
-        """The last round that was closed under a key."""
+    def find_key(self, key: str) -> int | None:
+        """Number of the last round that was opened under a key."""
+
+    async def read_key(self, key: str) -> RoundClosed | None:
+        """How that round was closed, which may be large."""
 
     def has_truth(self, round_id: int) -> bool:
         """Whether the truth of a round is recorded."""

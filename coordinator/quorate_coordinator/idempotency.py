@@ -5,7 +5,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
+from quorate_coordinator.ledger import Question
 from quorate_protocol.errors import CallFailed
+from quorate_protocol.fields import BodyRef
 from quorate_protocol.messages import Ask, Outcome
 
 #: Outcomes that are kept for who asks again, the oldest go first. The journal, where there is one, has older ones.
@@ -22,7 +24,29 @@ _NOT_FINAL: Final = ("cancelled", "interrupted")
 
 
 def digest_of(ask: Ask) -> bytes:
-    """Tells whether two asks are the same question, 16 bytes: everything but the key and whether it is streamed."""
+    """Tells whether two asks are the same question, 16 bytes: everything but the key and whether it is streamed.
+
+    Of the body it takes size and SHA-256, so that it is the same whether that comes inline or on a stream of its own.
+    """
+    if ask.bulk is not None:
+        ref = BodyRef(size=ask.bulk.size, digest=ask.bulk.digest)
+    else:
+        body = ask.body or b""
+        ref = BodyRef(size=len(body), digest=hashlib.sha256(body).digest())
+    return _digest(ask.model_copy(update={"body": None, "bulk": ref}))
+
+
+def question_of(ask: Ask) -> Question:
+    """What an ask says beside its round."""
+    return Question() if ask.key is None else Question(ask.key, digest_of(ask))
+
+
+def earlier_digest_of(ask: Ask) -> bytes:
+    """The same as it was recorded before bodies were digested by themselves: over the body as it came."""
+    return _digest(ask)
+
+
+def _digest(ask: Ask) -> bytes:
     same = ask.model_copy(update={"key": None, "stream": False, "labels": dict(sorted(ask.labels.items()))})
     return hashlib.blake2b(same.to_frame(), digest_size=16).digest()
 
@@ -101,12 +125,12 @@ class Keys:
             self._kept_bytes -= old.size_bytes
 
 
-def check_same(key: str, one: bytes | None, other: bytes) -> None:
-    """Whether a key stands for one question.
+def check_same(key: str, known: bytes | None, *digests: bytes) -> None:
+    """Whether the question that a key is known for is this one, by any of its digests.
 
     Raises:
-        CallFailed: it does not.
+        CallFailed: it is another.
     """
-    if one != other:
+    if known not in digests:
         message = f"key: {key!r} was used for another question; take a new key for this one"
         raise CallFailed("bad-request", message)

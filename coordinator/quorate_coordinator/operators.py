@@ -1,43 +1,38 @@
 """Operators' calls: each on a stream of its own, answered by one message."""
 
 import asyncio
-import traceback
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import structlog
 
 from quorate_coordinator.agent_bodies import explain_refusal, refusal_of
-from quorate_coordinator.asking import Asking, Listener
-from quorate_coordinator.blob_shelf import contents_of
+from quorate_coordinator.asking import Asking
+from quorate_coordinator.fitting import fit
 from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.serving import first_of, refuse_streams
+from quorate_coordinator.telling import Call, Told, Untaken, end, result_of, send_answer
 from quorate_protocol import __version__
-from quorate_protocol.blobs import Blob, BlobStore, make_blob
-from quorate_protocol.bulk import STALLED_S, BulkInbox, header_for, patience_s, ref_to, send_blob
+from quorate_protocol.blobs import BlobStore
+from quorate_protocol.bulk import BulkInbox, patience_s
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import (
     BodyNotReceived,
     BodyTooLarge,
     CallFailed,
     Code,
-    FrameTooLarge,
     ProtocolError,
     QuorateError,
     SpoolError,
-    StoppedByPeer,
     StreamError,
     UnexpectedMessage,
 )
-from quorate_protocol.fields import BodyRef
 from quorate_protocol.limits import BODY_BYTES_MAX, STREAMS_MAX
 from quorate_protocol.messages import (
     Agents,
     Ask,
     Bulk,
-    BulkOf,
     CallError,
     DrainAgent,
     Draining,
@@ -45,19 +40,18 @@ from quorate_protocol.messages import (
     Goodbye,
     Hello,
     Message,
-    Opened,
     Outcome,
-    Part,
     Reveal,
     Welcome,
     clip_text,
 )
+from quorate_protocol.taking import while_taken
 from quorate_protocol.transport import BiStream, Connection, Priority
 
 log = structlog.get_logger()
 
-#: How long an operator may take to acknowledge an answer, in seconds. Its stream is given up then: longer than a
-#: connection lives without a word, so that an answer outlasts every break that its connection does.
+#: How long an operator may take nothing of an answer, and not acknowledge it, in seconds. Its stream is given up then:
+#: longer than a connection lives without a word, so that an answer outlasts every break that its connection does.
 _ACKNOWLEDGE_TIMEOUT_S: Final = 35.0
 
 #: Calls of one operator that may be under way; one more is refused as busy. As many as the transport lets
@@ -67,27 +61,11 @@ CALLS_MAX: Final = STREAMS_MAX
 #: With what a stream is refused that an operator has no use for.
 _SURPLUS: Final = Code.UNEXPECTED_MESSAGE
 
-#: Characters of an agent's error that stay where an outcome has no room for all.
-_ERROR_CHARS_LEFT: Final = 200
-
-#: What a reference takes in a frame in place of a body, in bytes, at the most.
-_REFERENCE_BYTES: Final = 80
+#: One connection may hold so large a part of the spool, untaken: one body of the largest there are, by default.
+_UNTAKEN_SHARE: Final = 4
 
 T = TypeVar("T")
 RequestT = TypeVar("RequestT", Ask, Reveal)
-
-
-@dataclass(slots=True)
-class _Call:
-    """One call and whoever makes it."""
-
-    connection: Connection
-    channel: Channel
-    caller: Hello
-    #: The large bodies that its operator sends.
-    inbox: BulkInbox
-    #: Digests of the large bodies that it has been sent.
-    sent: set[bytes] = field(default_factory=set)
 
 
 class Operators:
@@ -117,7 +95,8 @@ class Operators:
         self._protocol_errors_total = protocol_errors_total
         #: Calls whose request has come: what is owed.
         self._owed: set[asyncio.Task[None]] = set()
-        #: (call, result): totals since the start. The result is `ok`, `withdrawn` or the error's reason.
+        #: (call, result): totals since the start. The result is `ok`, `withdrawn` or the error's reason; and `untaken`,
+        #: once more, of answers that were given up because their operators did not take them.
         self.calls_total: Counter[tuple[str, str]] = Counter()
 
     async def serve(self, connection: Connection, control: Channel, hello: Hello) -> None:
@@ -184,13 +163,14 @@ class Operators:
         self, connection: Connection, hello: Hello, inbox: BulkInbox, calls: set[asyncio.Task[None]]
     ) -> str:
         unanswered: set[int] = set()
+        untaken = Untaken(self._store.budget.disk_bytes_max // _UNTAKEN_SHARE)
         while True:
             stream = await connection.accept_bi_stream()
             if len(unanswered) >= CALLS_MAX:
                 await _answer_busy(stream)
                 continue
             unanswered.add(stream.id)
-            made = _Call(connection, Channel(stream), hello, inbox)
+            made = Call(connection, Channel(stream), hello, inbox, untaken)
             call = asyncio.create_task(self._serve_call(made, unanswered), name=f"call {stream.id}")
             calls.add(call)
             call.add_done_callback(calls.discard)
@@ -198,34 +178,33 @@ class Operators:
     def _count_surplus(self) -> None:
         self._protocol_errors_total[_SURPLUS.name] += 1
 
-    async def _serve_call(self, call: _Call, unanswered: set[int]) -> None:
+    async def _serve_call(self, call: Call, unanswered: set[int]) -> None:
         channel = call.channel
         stream = channel.stream
         stream.priority = Priority.HIGH
         this = asyncio.current_task()
         assert this is not None
+        request: Message | None = None
         try:
             request = await channel.receive()
             if request is None:
                 raise UnexpectedMessage("no", "on a call stream")
             self._owed.add(this)
-            answer, frame = await _fit(await self._answer(call, request))
-            await stream.send(frame)
-            if isinstance(answer, Outcome):
-                await _send_contents(call, answer)
-            await channel.finish()
+            await _give(call, await self._answer(call, request))
             unanswered.discard(stream.id)
-            async with asyncio.timeout(_ACKNOWLEDGE_TIMEOUT_S):
+            async with while_taken(stream, _ACKNOWLEDGE_TIMEOUT_S):
                 await channel.receive()
         except ProtocolError as error:
             self._protocol_errors_total[error.code.name] += 1
             log.warning("call_broke_protocol", problem=str(error))
             channel.abort(error.code)
-        except (QuorateError, TimeoutError) as error:
+        except QuorateError as error:
             log.debug("call_ended_early", reason=str(error))
             channel.abort(Code.CANCELLED)
-            # They hold the bodies, and what is raised by a timeout is part of a cycle.
-            traceback.clear_frames(error.__traceback__)
+        except TimeoutError:
+            self.calls_total["" if request is None else request.wire_type, "untaken"] += 1
+            log.warning("answer_not_taken", operator=call.caller.id)
+            channel.abort(Code.CANCELLED)
         except Exception:
             log.exception("call_failed")
             channel.abort(Code.INTERNAL)
@@ -233,12 +212,13 @@ class Operators:
             self._owed.discard(this)
             unanswered.discard(stream.id)
 
-    async def _answer(self, made: _Call, request: Message) -> Message:
+    async def _answer(self, made: Call, request: Message) -> Message:
         """The answer to a request; an error where it cannot be done.
 
         Raises:
             UnexpectedMessage: no request, or more than one.
             StreamError, LinkError: it was withdrawn.
+            TimeoutError: its operator took nothing of what it was told before the answer.
         """
         call = request.wire_type
         if not isinstance(request, Ask | Reveal | Agents | DrainAgent):
@@ -246,6 +226,7 @@ class Operators:
         try:
             if made.caller.role == "observer" and not isinstance(request, Agents):
                 raise CallFailed("forbidden", f"an observer may not {call}")
+            made.untaken.check_room()
             match request:
                 case Ask():
                     answer: Message = await self._ask(made, request)
@@ -262,6 +243,8 @@ class Operators:
         except (QuorateError, asyncio.CancelledError):
             self.calls_total[call, "withdrawn"] += 1
             raise
+        except TimeoutError:
+            raise
         except Exception:
             log.exception("call_failed", call=call)
             self.calls_total[call, "internal"] += 1
@@ -269,7 +252,7 @@ class Operators:
         self.calls_total[call, "ok"] += 1
         return answer
 
-    async def _with_body(self, made: _Call, request: RequestT) -> RequestT:
+    async def _with_body(self, made: Call, request: RequestT) -> RequestT:
         """A request whose body is here, once it is.
 
         Raises:
@@ -293,171 +276,120 @@ class Operators:
         key = "truth" if isinstance(request, Reveal) else "body"
         return request.model_copy(update={key: bytes(blob.view()), "bulk": None})
 
-    async def _ask(self, made: _Call, ask: Ask) -> Message:
+    async def _ask(self, made: Call, ask: Ask) -> Message:
         """A round, from its question to its outcome; its operator may give it up before."""
-        watching = asyncio.ensure_future(made.channel.receive())
+        watch = _Watch(made.channel)
+        told = Told(made.untaken) if ask.stream else None
+        listener = None if told is None else told.put
         try:
-            told: asyncio.Queue[Opened | Part | None] = asyncio.Queue()  # bounded by the round's agents
-            listener = told.put_nowait if ask.stream else None
             asking = None
             if ask.bulk is not None:
                 # What was asked before need not be sent once more.
-                asking = self._gatherer.find_asked(ask, listener)
+                asking = await self._gatherer.find_asked(ask, listener)
                 if asking is not None:
                     made.inbox.refuse(ask.bulk)
                 else:
-                    ask = await _unless_withdrawn(watching, self._with_body(made, ask))
+                    ask = await watch.unless_withdrawn(self._with_body(made, ask))
             if asking is None:
-                asking = self._gatherer.ask(ask, made.caller.id, listener)
+                asking = await self._gatherer.ask(ask, made.caller.id, listener)
             # Whatever is raised from here on holds this frame: not the question with it.
             del ask
-            return await _follow(made, asking, told, watching, listener)
+            return await _follow(made, asking, told, watch)
         finally:
-            watching.cancel()
-            await asyncio.wait((watching,))
-            if not watching.cancelled():
-                watching.exception()
+            if told is not None:
+                told.close()
+            await watch.close()
 
 
-async def _follow(
-    made: _Call,
-    asking: Asking,
-    told: "asyncio.Queue[Opened | Part | None]",
-    watching: "asyncio.Future[Message | None]",
-    listener: Listener | None,
-) -> Outcome:
+async def _give(call: Call, answer: Message) -> None:
+    """Sends an answer; it counts as untaken from when it is there."""
+    with call.untaken.holding(answer):
+        answer, frame = await fit(answer)
+        with call.untaken.holding(frame):
+            await send_answer(call, answer, frame)
+            await call.channel.finish()
+
+
+async def _follow(call: Call, asking: Asking, told: Told | None, watch: "_Watch") -> Outcome:
     """The outcome of a round that was joined, after all that a streamed call is told before."""
-    telling = asyncio.ensure_future(_tell(made, told))
+    telling = None if told is None else asyncio.ensure_future(told.send(call))
     try:
-        await asyncio.wait((asking.outcome, watching, telling), return_when=asyncio.FIRST_COMPLETED)
-        if not asking.outcome.done():
-            _check_not_withdrawn(watching)
-            if telling.done():
-                telling.result()
+        if asking.outcome.done():
+            # Told again, it may be large; it can be asked for later.
+            call.untaken.check_room()
+        await watch.until(asking.outcome, *([] if telling is None else [telling]))
         outcome = await asyncio.shield(asking.outcome)
-        _skip_parts(told)
-        told.put_nowait(None)
-        await telling
+        if told is not None and telling is not None:
+            told.end()
+            await asyncio.wait((telling,))
+            result_of(telling)
         return outcome
     finally:
-        # First of all: the connection's end cancels this once more while it waits. Who resets the call
+        # First of all: the connection's end cancels this once more while it waits. Who resets or stops the call
         # withdraws it, also where the connection ends right after.
-        if _is_withdrawn(watching, telling):
+        listener = None if told is None else told.put
+        if watch.is_withdrawn:
             asking.withdraw(listener)
         else:
             asking.leave(listener)
-        telling.cancel()
-        await asyncio.wait((telling,))
-        if not telling.cancelled():
-            telling.exception()
+        if telling is not None:
+            await end(telling)
 
 
-def _skip_parts(told: "asyncio.Queue[Opened | Part | None]") -> None:
-    """Leaves out what a slow reader has not got to. The outcome has it again, and no round's bound holds it now."""
-    waiting = [told.get_nowait() for _ in range(told.qsize())]
-    for message in waiting:
-        if isinstance(message, Opened):
-            told.put_nowait(message)
+class _Watch:
+    """Whether an operator still wants its call: it withdraws it by resetting or stopping the stream.
 
-
-def _check_not_withdrawn(watching: "asyncio.Future[Message | None]") -> None:
-    """An operator may finish its side early and go on listening; a reset raises here."""
-    if not watching.done():
-        return
-    error = watching.exception()
-    if error is not None:
-        # Afresh: the future keeps its own, which would keep all frames from here up.
-        raise error.again() if isinstance(error, QuorateError) else error
-    if watching.result() is not None:
-        raise UnexpectedMessage("second", "on a call stream")
-
-
-def _is_withdrawn(watching: "asyncio.Future[Message | None]", telling: "asyncio.Future[None]") -> bool:
-    """Whether the operator has reset or stopped the call's stream, or broken the protocol on it."""
-    for task in (watching, telling):
-        if task.done() and not task.cancelled():
-            error = task.exception()
-            if isinstance(error, StreamError | ProtocolError) or (error is None and task.result() is not None):
-                return True
-    return False
-
-
-async def _unless_withdrawn(watching: "asyncio.Future[Message | None]", work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is given up when the call is.
-
-    Raises:
-        StreamError, LinkError: it was withdrawn.
+    It may finish its side early, and go on listening.
     """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait((task, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            _check_not_withdrawn(watching)
-        return await task
-    finally:
-        task.cancel()
-        await asyncio.wait((task,))
-        if not task.cancelled():
-            task.exception()
 
+    def __init__(self, channel: Channel) -> None:
+        self._reading = asyncio.ensure_future(channel.receive())
+        self._stopped = channel.stream.send_failed
 
-async def _tell(made: _Call, told: "asyncio.Queue[Opened | Part | None]") -> None:
-    """Sends what a streamed call is told, as fast as its operator reads, up to a None.
+    @property
+    def is_withdrawn(self) -> bool:
+        """Whether it has, or has broken the protocol on the stream; the end of its connection is neither."""
+        if self._stopped.done() and isinstance(self._stopped.result(), StreamError):
+            return True
+        if not self._reading.done() or self._reading.cancelled():
+            return False
+        error = self._reading.exception()
+        return isinstance(error, StreamError | ProtocolError) or (error is None and self._reading.result() is not None)
 
-    Raises:
-        StreamError, LinkError: nobody reads.
-    """
-    while (message := await told.get()) is not None:
+    async def until(self, wanted: "asyncio.Future[Any]", *others: "asyncio.Future[Any]") -> None:
+        """Returns when something has come to an end, however.
+
+        Raises:
+            StreamError, LinkError: the call was withdrawn.
+            UnexpectedMessage: a second request came.
+            And what the others raise.
+        """
+        while not wanted.done():
+            self._check()
+            for other in others:
+                if other.done():
+                    result_of(other)
+            waiting = [one for one in (wanted, self._reading, self._stopped, *others) if not one.done()]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+
+    async def unless_withdrawn(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is given up when the call is. Raises: as `until`."""
+        task = asyncio.ensure_future(work)
         try:
-            frame = message.to_frame()
-        except FrameTooLarge:
-            if not isinstance(message, Opened):
-                raise
-            frame = message.model_copy(update={"selected": []}).to_frame()  # very many agents: the outcome names them
-        await made.channel.stream.send(frame)
-        if isinstance(message, Part) and (ref := message.result.bulk) is not None and isinstance(ref.content, Blob):
-            await _send_content(made, ref, ref.content, "part", message.round)
+            await self.until(task)
+            return task.result()
+        finally:
+            await end(task)
 
+    async def close(self) -> None:
+        """Looks no more."""
+        await end(self._reading)
 
-async def _send_contents(made: _Call, outcome: Outcome) -> None:
-    """Sends the large bodies of an outcome that were not sent before; less, when its operator has had enough.
-
-    Raises:
-        StreamError, LinkError: nobody reads.
-    """
-    contents = contents_of(outcome, made.sent)
-    if not contents:
-        return
-
-    async def send_all() -> None:
-        for ref, blob in contents.items():
-            await _send_content(made, ref, blob, "outcome", outcome.round)
-
-    watching = asyncio.ensure_future(made.channel.receive())
-    sending = asyncio.ensure_future(send_all())
-    try:
-        await asyncio.wait((watching, sending), return_when=asyncio.FIRST_COMPLETED)
-        (sending if sending.done() else watching).result()
-    finally:
-        for task in (watching, sending):
-            task.cancel()
-        await asyncio.wait((watching, sending))
-        for task in (watching, sending):
-            if not task.cancelled():
-                task.exception()
-
-
-async def _send_content(made: _Call, ref: BodyRef, blob: Blob, of: BulkOf, round_id: int) -> None:
-    made.sent.add(ref.digest)
-    try:
-        async with asyncio.timeout(patience_s(ref)):
-            await send_blob(made.connection, blob, header_for(blob, of, round=round_id), stalled_s=STALLED_S)
-    except TimeoutError:
-        raise
-    except StoppedByPeer as error:
-        log.debug("body_not_wanted", operator=made.caller.id, round=round_id, reason=str(error))
-    except OSError as error:
-        log.error("body_not_read", round=round_id, problem=str(error))
+    def _check(self) -> None:
+        if self._stopped.done():
+            raise self._stopped.result().again()
+        if self._reading.done() and result_of(self._reading) is not None:
+            raise UnexpectedMessage("second", "on a call stream")
 
 
 async def _read_control(control: Channel) -> str:
@@ -477,50 +409,3 @@ async def _answer_busy(stream: BiStream) -> None:
         stream.stop(Code.BUSY)
     except QuorateError as error:
         log.debug("call_ended_early", reason=str(error))
-
-
-async def _fit(answer: Message) -> tuple[Message, bytes]:
-    """The answer as it is told, and its frame. What does not fit inline goes on streams of its own."""
-    try:
-        return answer, answer.to_frame()
-    except FrameTooLarge as error:
-        if isinstance(answer, Outcome):
-            return await _move_out(answer)
-        message = f"the answer of {error.frame_bytes} bytes is over the {error.frame_bytes_max} that a frame may have"
-        failure = CallError(reason="internal", message=message)
-        return failure, failure.to_frame()
-
-
-async def _move_out(outcome: Outcome) -> tuple[Message, bytes]:
-    """The outcome with its largest inline bodies on streams of their own, as many as have to go."""
-    results = [result.model_copy(update={"error": result.error[:_ERROR_CHARS_LEFT]}) for result in outcome.results]
-    outcome = outcome.model_copy(update={"results": results})
-    excess_bytes = _excess_bytes(outcome)
-    moved: dict[bytes, BodyRef] = {}
-    bodies = {body for body in (outcome.answer, *(result.body for result in results)) if body}
-    for body in sorted(bodies, key=len, reverse=True):
-        if excess_bytes <= 0 or len(body) <= _REFERENCE_BYTES:
-            break
-        blob = await make_blob([body])
-        moved[body] = ref_to(blob).with_content(blob)
-        places = (outcome.answer == body) + sum(result.body == body for result in results)
-        excess_bytes -= places * (len(body) - _REFERENCE_BYTES)
-    for at, result in enumerate(results):
-        if result.body in moved:
-            results[at] = result.model_copy(update={"body": None, "bulk": moved[result.body]})
-    if outcome.answer in moved:
-        outcome = outcome.model_copy(update={"answer": None, "bulk": moved[outcome.answer]})
-    try:
-        return outcome, outcome.to_frame()
-    except FrameTooLarge:
-        message = f"round {outcome.round} is {outcome.state}, but its {len(results)} results are over one frame"
-        failure = CallError(reason="internal", message=message)
-        return failure, failure.to_frame()
-
-
-def _excess_bytes(outcome: Outcome) -> int:
-    try:
-        outcome.to_frame()
-    except FrameTooLarge as error:
-        return error.frame_bytes - error.frame_bytes_max
-    return 0

@@ -90,7 +90,8 @@ class Planner:
                 attempts=ask.attempts,
             ),
             operator=operator,
-            is_streamed=ask.stream,
+            # Under a key others may join, and listen, later.
+            is_streamed=ask.stream or ask.key is not None,
         )
 
     def _has_room(self, agent: str, more_bytes: int) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Final, Self
 
 import structlog
@@ -10,7 +11,7 @@ import structlog
 from quorate_coordinator.journal.database import Lock
 from quorate_coordinator.journal.errors import JournalUnusable
 from quorate_coordinator.journal.prune import Retention
-from quorate_coordinator.journal.reader import JournalReader
+from quorate_coordinator.journal.reader import JournalReader, KnownRound
 from quorate_coordinator.journal.records import ExperienceTaken, Record, RoundClosed
 from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_coordinator.journal.writer import Journal
@@ -38,6 +39,9 @@ CHECKPOINT_BYTES: Final = 16 << 20
 
 #: Seconds that the last records may take to become durable when the coordinator ends.
 CLOSE_TIMEOUT_S: Final = 5.0
+
+#: Rounds that are read at once for who asks again: each may take some hundred MiB of memory.
+_READS_MAX: Final = 2
 
 
 def lock_state_dir(settings: Settings) -> Lock | None:
@@ -71,6 +75,7 @@ class Recording:
         self._checkpoint_work = checkpoint_rounds * _EXPERIENCES_PER_ROUND
         self._work = recovered.replayed * _EXPERIENCES_PER_ROUND
         self._checkpoint_bytes = 0
+        self._reading = asyncio.Semaphore(_READS_MAX)
         #: Times that something was read that is not as it was written.
         self.damaged_total = len(recovered.damaged)
 
@@ -159,19 +164,34 @@ class Recording:
         self._work, self._checkpoint_bytes = 0, self.journal.record_bytes
         self.journal.append_checkpoint(seq, take_snapshot(), at=time.time())
 
-    def find_key(self, key: str) -> RoundClosed | None:
-        """The last round that was closed under a key.
+    def find_key(self, key: str) -> int | None:
+        """Number of the last round that was opened under a key.
 
         Raises:
             CallFailed: the journal cannot be read.
         """
         try:
-            known = self._reader.find_key(key)
+            return self._reader.newest_of(key)
         except JournalUnusable as error:
-            self.damaged_total += 1
-            log.error("journal_damaged", problem=str(error))
-            raise CallFailed("not-recorded", f"whether {key!r} was asked before cannot be told: {error}") from error
+            raise self._unreadable(key, error) from error
+
+    async def read_key(self, key: str) -> RoundClosed | None:
+        """How that round was closed; None where it was not. Read in a thread: it may be large.
+
+        Raises:
+            CallFailed: the journal cannot be read.
+        """
+        try:
+            async with self._reading:
+                known = await asyncio.to_thread(_find_key, self.journal.file, key)
+        except JournalUnusable as error:
+            raise self._unreadable(key, error) from error
         return None if known is None else known.closed
+
+    def _unreadable(self, key: str, error: JournalUnusable) -> CallFailed:
+        self.damaged_total += 1
+        log.error("journal_damaged", problem=str(error))
+        return CallFailed("not-recorded", f"whether {key!r} was asked before cannot be told: {error}")
 
     def has_truth(self, round_id: int) -> bool:
         """Whether the truth of a round is recorded; False also where the journal cannot be read."""
@@ -226,3 +246,9 @@ class Recording:
         if not await asyncio.to_thread(self.journal.close, CLOSE_TIMEOUT_S):
             log.error("journal_not_flushed", records=self.journal.pending_records)
         self._reader.close()
+
+
+def _find_key(file: Path, key: str) -> KnownRound | None:
+    """With a reader of its own: those of SQLite are for one thread at a time."""
+    with JournalReader(file) as reader:
+        return reader.find_key(key)

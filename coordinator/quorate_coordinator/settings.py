@@ -134,7 +134,9 @@ class RoundsSettings(_Section):
         64, description="Assignments that one agent may owe at once; with that many it is not selected."
     )
     in_flight_per_operator_max: Count = Field(
-        512, description="Rounds that one operator may have open at once; one more is refused as busy."
+        512,
+        description="Rounds that one operator may have open at once, by the name that it says; one more is refused as "
+        "busy. It is against mistakes: whoever has the token may say any name.",
     )
     attempts: Annotated[int, Field(ge=1, le=100)] = Field(
         1, description="How often one agent may be given a question: again when it failed, or was lost and came back."

@@ -12,7 +12,6 @@
 
 import asyncio
 import contextlib
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import BULK_HEADER_BYTES_MAX, FRAME_PREFIX_BYTES
 from quorate_protocol.messages import Bulk, BulkOf, Message, parse_message
 from quorate_protocol.pace import SHARE_BYTES_MIN, Pace
+from quorate_protocol.taking import while_taken
 from quorate_protocol.transport.api import Buffer, Connection, Priority, ReceiveStream, SendStream
 
 T = TypeVar("T")
@@ -95,39 +95,38 @@ async def send_blob(
     header: Bulk,
     *,
     priority: Priority = Priority.NORMAL,
-    stalled_s: float = math.inf,
+    untaken_s: float | None = None,
 ) -> None:
     """Sends a body on a stream of its own; returns when the peer's transport has acknowledged all of it.
 
-    However it ends otherwise, cancelled too, the stream is reset. A peer that does not read is waited for without end,
-    or until it has taken nothing for `stalled_s` seconds (at the latest after twice as many).
+    However it ends otherwise, cancelled too, the stream is reset. A peer that does not read is waited for, unless
+    `untaken_s` says for how many seconds it may take nothing.
 
     Raises:
         TimeoutError: it has taken nothing for so long.
         StoppedByPeer: the peer does not want it any more, or has no room for it (`BUSY`).
         ConnectionClosed: the connection is over.
-        OSError: the spooled file cannot be read.
+        TimeoutError: the peer has taken nothing for too long.
+        OSError: any other: the spooled file cannot be read. The peer has been told which body does not come.
     """
     assert (header.size, header.digest) == (blob.size_bytes, blob.digest), "the header is another body's"
-    stream = await connection.open_uni_stream(priority)
+    async with asyncio.timeout(untaken_s):
+        stream = await connection.open_uni_stream(priority)
     pace = _paces.setdefault(connection, Pace())
     pace.begin(asyncio.get_running_loop().time())
     try:
-        frame = header.to_frame()
-        await stream.send(frame)
-        await _send_at_pace(connection, stream, blob, pace, sent_bytes=len(frame), stalled_s=stalled_s)
-        await stream.finish()
-        await _flush(stream, 0, stalled_s)
-    except TimeoutError:  # which is an OSError, too
-        stream.reset(Code.CANCELLED)
-        raise
-    except OSError:
-        # A reset overtakes what was not acknowledged, and the peer is to know which body does not come.
-        with contextlib.suppress(QuorateError, TimeoutError):
-            async with asyncio.timeout(HEADER_TIMEOUT_S):
+        async with while_taken(stream, untaken_s):
+            frame = header.to_frame()
+            await stream.send(frame)
+            try:
+                await _send_at_pace(connection, stream, blob, pace, sent_bytes=len(frame))
+            except OSError:
+                # A reset may overtake the header, and without it nobody knows which body does not come.
                 await stream.flush()
-        stream.reset(Code.INTERNAL)
-        raise
+                stream.reset(Code.INTERNAL)
+                raise
+            await stream.finish()
+            await stream.flush()
     except BaseException:
         stream.reset(Code.CANCELLED)
         raise
@@ -150,37 +149,19 @@ async def give_up_blob(connection: Connection, header: Bulk, *, priority: Priori
         stream.reset(Code.CANCELLED)
 
 
-async def _send_at_pace(
-    connection: Connection, stream: SendStream, blob: Blob, pace: Pace, *, sent_bytes: int, stalled_s: float
-) -> None:
+async def _send_at_pace(connection: Connection, stream: SendStream, blob: Blob, pace: Pace, *, sent_bytes: int) -> None:
     """Sends a body, no faster than the path carries it; `sent_bytes` were sent before."""
     loop = asyncio.get_running_loop()
     arrived_bytes = 0
     async with contextlib.aclosing(blob.chunks()) as chunks:
         async for chunk in chunks:
             for part in _split(chunk, SHARE_BYTES_MIN):
-                await _flush(stream, pace.share_bytes - len(part), stalled_s)
+                await stream.flush(pace.share_bytes - len(part))
                 more_bytes = sent_bytes - stream.unsent_bytes - arrived_bytes
                 pace.acknowledged(more_bytes, loop.time(), connection.stats.rtt_least_s)
                 arrived_bytes += more_bytes
                 await stream.send(part)
                 sent_bytes += len(part)
-
-
-async def _flush(stream: SendStream, left_bytes: int, stalled_s: float) -> None:
-    """As the stream's, but for a peer that takes nothing for so many seconds."""
-    if stream.unsent_bytes <= left_bytes or stalled_s == math.inf:
-        await stream.flush(left_bytes)
-        return
-    while True:
-        unsent_bytes = stream.unsent_bytes
-        try:
-            async with asyncio.timeout(stalled_s):
-                await stream.flush(left_bytes)
-            return
-        except TimeoutError:
-            if stream.unsent_bytes >= unsent_bytes:
-                raise
 
 
 def _split(chunk: Buffer, part_bytes: int) -> Iterator[memoryview]:

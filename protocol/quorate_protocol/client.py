@@ -158,7 +158,8 @@ class Client:
                 when the connection breaks.
 
         Returns:
-            The outcome, also of a round that failed or expired: look at `state`. It is durable where the
+            The outcome, also of a round that failed or expired: look at `state`. Of some 9,000 agents and more it has
+            not all results: `left_out` says how many are missing. It is durable where the
             coordinator keeps a journal; answers over about 1 MiB are not, and asked again under its key much
             later, the outcome is told without them (`value` raises `BodyMissing`).
 
@@ -169,6 +170,8 @@ class Client:
             ValidationError: an argument is out of range; it names which.
             SpoolError: there is no room here for the answer: earlier ones are still held.
             BodyNotReceived: a large answer did not come.
+            ResetByPeer: the coordinator gave the call up: a large answer cannot be read there, or nothing of it was
+                taken here for a minute.
             ConnectionClosed: the connection ended; whether there was a round is not known. Ask again under the
                 same key.
         """

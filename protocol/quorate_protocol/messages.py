@@ -427,6 +427,8 @@ class Outcome(Message, type="outcome"):
     support: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     #: Sorted by agent.
     results: list[AgentResult]
+    #: How many more there are, of the last agents in that order, that had no room in the frame.
+    left_out: Count = 0
     #: From opening to closing, at the coordinator.
     duration_s: Seconds
     #: With a state other than complete and quorate: what went wrong.

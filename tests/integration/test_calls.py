@@ -10,9 +10,12 @@ import pytest
 from agent_making import Gated, echo
 from coordination import PATIENCE_S, Fleet, coordinating, until
 from quorate_agent import Agent
+from quorate_protocol.bodies import encode_body
+from quorate_protocol.channel import Channel
 from quorate_protocol.client import Replies
-from quorate_protocol.errors import CallFailed, ConnectionClosed, LocalError
-from quorate_protocol.messages import AgentResult, Assignment, Cancellation, Reply
+from quorate_protocol.errors import CallFailed, Code, ConnectionClosed, LocalError
+from quorate_protocol.fields import BodyRef
+from quorate_protocol.messages import AgentResult, Ask, Assignment, Cancellation, Opened, Outcome, Reply
 
 
 @pytest.fixture
@@ -160,6 +163,49 @@ async def test_a_connection_that_ends_ends_the_stream(fleet: Fleet) -> None:
             async for _ in replies:
                 await operator.close()
     await until(lambda: closed(fleet) == {"cancelled": 1})
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_stopping_a_calls_stream_withdraws_it(fleet: Fleet, streamed: bool, finished: bool) -> None:
+    """Who has finished its side has no other way, but to close the connection."""
+    gated = Gated("a")
+    await fleet.join(gated.agent)
+    peer = await fleet.peer()
+    await peer.hello("op", role="operator", tasks=())
+    stream = await peer.open()
+    call = Channel(stream)
+    await call.send(Ask(task="echo", body=encode_body(1), stream=streamed))
+    if finished:
+        await call.finish()
+    if streamed:
+        await peer.take(call, Opened)
+    await until(lambda: gated.running == 1)
+    stream.stop(Code.CANCELLED)
+    await until(lambda: closed(fleet) == {"cancelled": 1})
+    await until(lambda: gated.cancelled == 1)
+    # The connection goes on.
+    again = Channel(await peer.open())
+    gated.gate.set()
+    await again.send(Ask(task="echo", body=encode_body(1)))
+    await again.finish()
+    assert (await peer.take(again, Outcome)).state == "complete"
+    await peer.leave()
+
+
+async def test_stopping_a_calls_stream_withdraws_it_before_its_body_has_come(fleet: Fleet) -> None:
+    await fleet.join(echo("a"))
+    peer = await fleet.peer()
+    await peer.hello("op", role="operator", tasks=())
+    stream = await peer.open()
+    call = Channel(stream)
+    await call.send(Ask(task="echo", bulk=BodyRef(size=1 << 20, digest=bytes(32))))
+    await call.finish()
+    await until(lambda: fleet.coordinator._operators._owed)
+    stream.stop(Code.CANCELLED)
+    await until(lambda: not fleet.coordinator._operators._owed)
+    assert fleet.metrics()["quorate_calls_total", "ask", "withdrawn"] == 1
+    await peer.leave()
 
 
 # --- many ----------------------------------------------------------------------------------------

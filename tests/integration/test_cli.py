@@ -274,6 +274,7 @@ async def test_ask_reveal_and_status(operated: Operated) -> None:
         "support",
         "duration_ms",
         "results",
+        "left_out",
     ]
     assert (outcome["state"], outcome["quorum"], outcome["answer"]) == ("complete", 3, "cat")
     assert [(r["agent"], r["status"], r["answer"], r["error"]) for r in outcome["results"]] == [

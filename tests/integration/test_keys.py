@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import dataclasses
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,18 @@ import pytest
 
 from agent_making import Gated, echo
 from coordination import PATIENCE_S, Fleet, coordinating, until
-from journal_making import read_journal
+from journal_making import closed as done
+from journal_making import opened, read_journal, write_journal
 from quorate_coordinator import idempotency
+from quorate_coordinator.idempotency import digest_of, earlier_digest_of
+from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.records import RoundClosed, RoundOpened
-from quorate_protocol.errors import CallFailed, ConnectionClosed
-from quorate_protocol.messages import Outcome
+from quorate_protocol.blobs import blob_of
+from quorate_protocol.bodies import encode_body
+from quorate_protocol.bulk import header_for, ref_to, send_blob
+from quorate_protocol.channel import Channel
+from quorate_protocol.errors import CallFailed, ConnectionClosed, StoppedByPeer
+from quorate_protocol.messages import Ask, Outcome
 
 
 @pytest.fixture
@@ -77,6 +86,52 @@ async def test_two_at_once_share_one_round(fleet: Fleet, gated: Gated) -> None:
     async with asyncio.timeout(PATIENCE_S):
         assert await streaming == (["a"], outcome, ["a"])
     assert (closed(fleet), gated.begun) == ({"complete": 1}, 1)
+
+
+async def test_who_joins_and_streams_hears_of_parts_also_where_the_first_did_not_stream(
+    fleet: Fleet, gated: Gated
+) -> None:
+    other = Gated("b")
+    await fleet.join(other.agent)
+    first, second = await fleet.operator(), await fleet.operator()
+    asking = asyncio.create_task(first.ask("echo", 1, key="k", quorum=1.0))
+    await until(lambda: gated.running == other.running == 1)
+    told: list[str] = []
+
+    async def stream() -> None:
+        async for result in second.ask_stream("echo", 1, key="k", quorum=1.0):
+            told.append(result.agent)  # noqa: PERF401  looked at meanwhile
+
+    streaming = asyncio.create_task(stream())
+    await until(lambda: fleet.coordinator._gatherer.repeated_total == 1)
+    other.gate.set()
+    await until(lambda: told)
+    assert (told, gated.running, closed(fleet)) == (["b"], 1, {})
+    gated.gate.set()
+    await got(asking)
+    async with asyncio.timeout(PATIENCE_S):
+        await streaming
+    assert told == ["b", "a"]
+
+
+async def test_a_withdrawal_leaves_the_round_to_who_was_cut_off(fleet: Fleet, gated: Gated) -> None:
+    first, second = await fleet.operator(), await fleet.operator()
+    cut_off = asyncio.create_task(first.ask("echo", 1, key="k"))
+    await until(lambda: gated.running == 1)
+    withdrawn = asyncio.create_task(second.ask("echo", 1, key="k"))
+    await until(lambda: fleet.coordinator._gatherer.repeated_total == 1)
+    first._connection.abort()
+    with pytest.raises(ConnectionClosed):
+        await cut_off
+    await until(lambda: len(fleet.coordinator._operators._owed) == 1)
+    await withdraw(withdrawn)
+    await until(lambda: not fleet.coordinator._operators._owed)
+    assert (closed(fleet), gated.cancelled) == ({}, 0)
+    back = asyncio.create_task((await fleet.operator()).ask("echo", 1, key="k"))
+    await until(lambda: fleet.coordinator._gatherer.repeated_total == 2)
+    gated.gate.set()
+    assert (await got(back)).value == 1
+    assert gated.begun == 1
 
 
 @pytest.mark.parametrize("how", ["closed", "broken"])
@@ -248,6 +303,95 @@ async def test_the_journal_knows_keys_that_are_older_than_memory(
     records = [record for _, _, record in read_journal(tmp_path / "journal.sqlite3")]
     assert [record.key for record in records if isinstance(record, RoundClosed)] == [f"k-{n}" for n in range(5)]
     assert [record.key for record in records if isinstance(record, RoundOpened)] == [f"k-{n}" for n in range(5)]
+
+
+async def test_one_question_may_come_inline_and_on_a_stream_of_its_own(fleet: Fleet, gated: Gated) -> None:
+    """In flight and over, whichever way it came first; SPEC.md lets a sender choose for a small body."""
+    client, peer = await fleet.operator(), await fleet.peer()
+    await peer.hello("op", role="operator", tasks=())
+    blob = blob_of([encode_body("x" * 1000)])
+
+    async def as_bulk(key: str) -> Channel:
+        channel = Channel(await peer.open())
+        await channel.send(Ask(task="echo", bulk=ref_to(blob), key=key))
+        with contextlib.suppress(StoppedByPeer):
+            await send_blob(peer.connection, blob, header_for(blob, "ask"))
+        return channel
+
+    for number, key in enumerate(("bulk-first", "inline-first"), 1):
+        gated.gate.clear()
+        if key == "bulk-first":
+            calls = [await as_bulk(key)]
+            await until(lambda: gated.running == 1)
+            asking = asyncio.create_task(client.ask("echo", "x" * 1000, key=key))
+        else:
+            asking = asyncio.create_task(client.ask("echo", "x" * 1000, key=key))
+            await until(lambda: gated.running == 1)
+            calls = [await as_bulk(key)]
+        calls.append(await as_bulk(key))
+        gated.gate.set()
+        outcome = await got(asking)
+        calls.append(await as_bulk(key))
+        assert [await peer.take(call, Outcome) for call in calls] == [outcome] * 3
+        assert await client.ask("echo", "x" * 1000, key=key) == outcome
+        assert (closed(fleet), gated.begun) == ({"complete": number}, number)
+    await peer.leave()
+
+
+async def test_a_key_from_before_bodies_were_digested_by_themselves_has_its_outcome(tmp_path: Path) -> None:
+    digest = earlier_digest_of(Ask(task="echo", body=encode_body("old"), quorum=1))
+    write_journal(tmp_path / "journal.sqlite3", [opened(1, key="k", digest=digest), done(1, key="k", digest=digest)])
+    async with coordinating(tmp_path) as fleet:
+        operator = await fleet.operator()
+        assert (await operator.ask("echo", "old", quorum=1, key="k")).round == 1
+        with pytest.raises(CallFailed, match="was used for another question"):
+            await operator.ask("echo", "new", quorum=1, key="k")
+
+
+async def test_outcomes_are_read_beside_everything_else_and_two_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {n: digest_of(Ask(task="echo", body=encode_body(n))) for n in range(1, 6)}
+    records = [make(n, key=f"k-{n}", digest=digest) for n, digest in digests.items() for make in (opened, done)]
+    write_journal(tmp_path / "journal.sqlite3", records)
+    reading, go_on = [], threading.Event()
+    find_round = JournalReader.find_round
+
+    def slow(reader: JournalReader, number: int) -> Any:
+        reading.append(number)
+        assert go_on.wait(PATIENCE_S)
+        return find_round(reader, number)
+
+    async with coordinating(tmp_path) as fleet:
+        await fleet.join(echo("a"))
+        operator = await fleet.operator()
+        monkeypatch.setattr(JournalReader, "find_round", slow)
+        askings = [asyncio.create_task(operator.ask("echo", n, key=f"k-{n}")) for n in digests]
+        askings.append(asyncio.create_task(operator.ask("echo", 1, key="k-1")))
+        try:
+            await until(lambda: len(reading) == 2)
+            # The loop goes on, also for a key that is new.
+            assert (await operator.ask("echo", 1, key="new")).value == 1
+            assert len(reading) == 2
+        finally:
+            go_on.set()
+        assert [(await got(asking)).round for asking in askings] == [1, 2, 3, 4, 5, 1]
+        assert closed(fleet) == {"complete": 1}
+
+
+async def test_two_that_ask_a_key_anew_while_it_is_read_are_one_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal says that the key came to nothing: the first opens a round, and the other must not."""
+    digest = digest_of(Ask(task="echo", body=encode_body(1)))
+    ended = dataclasses.replace(done(1, key="k", digest=digest), state="cancelled")
+    write_journal(tmp_path / "journal.sqlite3", [opened(1, key="k", digest=digest), ended])
+    async with coordinating(tmp_path) as fleet:
+        await fleet.join(echo("a"))
+        operator = await fleet.operator()
+        first, second = await asyncio.gather(*(operator.ask("echo", 1, key="k") for _ in range(2)))
+        assert first == second
+        assert (first.state, closed(fleet)) == ("complete", {"complete": 1})
 
 
 async def test_a_round_that_the_end_interrupted_is_asked_anew(tmp_path: Path) -> None:

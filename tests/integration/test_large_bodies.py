@@ -1,6 +1,7 @@
 """Bodies over the inline limit, through the whole system: questions, answers, outcomes, parts, truths."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from processes import coordinator_process
 from quorate_agent import Agent
 from quorate_coordinator.journal.records import ReplyLate
 from quorate_coordinator.journal.schema import JOURNAL_NAME
+from quorate_protocol import blobs
 from quorate_protocol.blobs import BlobStore, blob_of
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.bulk import header_for, read_header, ref_to, send_blob
@@ -277,6 +279,29 @@ def anonymous_bytes(pid: int) -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
     raise AssertionError("Linux says it")
+
+
+class TestBrokenDisk:
+    @pytest.mark.parametrize("streamed", [False, True])
+    async def test_an_answer_that_cannot_be_read_any_more_is_not_waited_for(
+        self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, streamed: bool
+    ) -> None:
+        def broken(file: Any, offset: int, count: int) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(blobs._SpoolFile, "read_cached", broken)
+        await fleet.join(answering("a", lambda body: noise(12 * MIB)))
+        client = await fleet.operator()
+
+        async def ask() -> None:
+            if streamed:
+                async for _ in client.ask_stream("t", 1):
+                    pass
+            else:
+                await client.ask("t", 1)
+
+        with pytest.raises(ResetByPeer, match="INTERNAL"):
+            await asyncio.wait_for(ask(), PATIENCE_S)
 
 
 async def test_the_coordinators_memory_does_not_grow_with_the_bodies(tmp_path: Path) -> None:

@@ -1,16 +1,24 @@
 """An operator that does not read what its streamed rounds are told: the rounds go on, and nothing piles up."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coordination import Fleet, coordinating, until
+from coordination import PATIENCE_S, Fleet, coordinating, until
 from quorate_agent import Agent
-from quorate_coordinator.operators import _skip_parts
-from quorate_protocol.messages import AgentResult, Opened, Part
+from quorate_coordinator import operators, telling
+from quorate_coordinator.certificates import DevelopmentCredentials
+from quorate_coordinator.telling import Told, Untaken
+from quorate_protocol.bodies import encode_body
+from quorate_protocol.channel import Channel
+from quorate_protocol.errors import CallFailed, Code
+from quorate_protocol.messages import AgentResult, Ask, Opened, Outcome, Part
+from quorate_protocol.taking import while_taken
+from virtual import memory_linked, virtual_time
 
 
 @pytest.fixture
@@ -19,14 +27,119 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
         yield fleet
 
 
-def test_parts_are_left_out_once_the_outcome_is_there() -> None:
-    told: asyncio.Queue[Opened | Part | None] = asyncio.Queue()
-    opened = Opened(round=1, selected=["a", "b"], quorum=1, deadline_s=1.0)
-    told.put_nowait(opened)
+async def test_parts_are_left_out_once_the_outcome_is_there() -> None:
+    untaken = Untaken(1 << 30)
+    told = Told(untaken)
+    told.put(Opened(round=1, selected=["a", "b"], quorum=1, deadline_s=1.0))
     for agent in ("a", "b"):
-        told.put_nowait(Part(round=1, result=AgentResult(agent=agent, status="replied", body=b"\x01")))
-    _skip_parts(told)
-    assert [told.get_nowait() for _ in range(told.qsize())] == [opened]
+        told.put(Part(round=1, result=AgentResult(agent=agent, status="replied", body=b"\x01")))
+    assert len(told) == 3
+    assert untaken.memory_bytes > 0
+    told.end()
+    assert (len(told), untaken.memory_bytes) == (1, 0)
+
+
+async def test_parts_that_have_no_room_are_left_out() -> None:
+    untaken = Untaken(1 << 30)
+    told = Told(untaken)
+    part = Part(round=1, result=AgentResult(agent="a", status="replied", body=bytes(1_000_000)))
+    for _ in range(100):
+        told.put(part)
+    assert len(told) == 68
+    with pytest.raises(CallFailed, match="wait for this connection's operator to take them") as caught:
+        untaken.check_room()
+    assert (caught.value.reason, caught.value.retry) == ("busy", True)
+    told.close()
+    assert (untaken.memory_bytes, untaken.is_full) == (0, False)
+
+
+def large(name: str, size_bytes: int) -> Agent:
+    """An agent that answers with so many bytes, others each time."""
+    agent = Agent(name)
+
+    @agent.task("large")
+    async def answer(_: Any) -> bytes:
+        return os.urandom(size_bytes)
+
+    return agent
+
+
+def calls(fleet: Fleet, result: str) -> float:
+    return fleet.metrics().get(("quorate_calls_total", "ask", result), 0.0)
+
+
+async def test_who_reads_nothing_is_refused_and_then_given_up(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection goes on; and others are served all the while."""
+    monkeypatch.setattr(telling, "UNTAKEN_BYTES_MAX", 4 << 20)
+    monkeypatch.setattr(telling, "UNTAKEN_S", 1.0)
+    monkeypatch.setattr(operators, "_ACKNOWLEDGE_TIMEOUT_S", 1.0)
+    await fleet.join(large("a", 900_000))
+    other, peer = await fleet.operator(), await fleet.peer()
+    await peer.hello("deaf", role="operator", tasks=())
+    unread = []
+    async with asyncio.timeout(PATIENCE_S):
+        # What the transport holds comes before: windows, and a class of streams.
+        while not calls(fleet, "busy"):
+            unread.append(Channel(await peer.open()))
+            asked = calls(fleet, "ok") + calls(fleet, "busy")
+            await unread[-1].send(Ask(task="large", body=encode_body(1), stream=len(unread) % 2 == 0))
+            await until(lambda asked=asked: calls(fleet, "ok") + calls(fleet, "busy") > asked)
+    assert (await other.ask("large", 1)).state == "complete"
+    await until(lambda: not fleet.coordinator._operators._owed)
+    assert calls(fleet, "untaken") > 0
+    for channel in unread:
+        channel.abort(Code.CANCELLED)
+    again = Channel(await peer.open())
+    await again.send(Ask(task="large", body=encode_body(1)))
+    assert (await peer.take(again, Outcome)).state == "complete"
+    await peer.leave()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_large_bodies_that_nobody_takes_are_let_go_of(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    monkeypatch.setattr(telling, "UNTAKEN_S", 1.0)
+    await fleet.join(large("a", 12 << 20), large("b", 12 << 20))
+    peer = await fleet.peer()
+    await peer.hello("deaf", role="operator", tasks=())
+    for number in range(1, 3):
+        call = Channel(await peer.open())
+        await call.send(Ask(task="large", body=encode_body(1), quorum_fraction=1.0, stream=streamed))
+        await until(lambda number=number: fleet.coordinator.list_fleet().rounds_closed == {"complete": number})
+    budget = fleet.coordinator._operators._store.budget
+    assert budget.disk_bytes > 0
+    await until(lambda: budget.disk_bytes == 0)
+    assert calls(fleet, "untaken") == 2
+    assert not peer.connection.is_closed
+    await peer.leave()
+
+
+@virtual_time
+async def test_who_takes_slowly_is_waited_for_and_who_takes_nothing_is_not(credentials: DevelopmentCredentials) -> None:
+    loop = asyncio.get_running_loop()
+    async with memory_linked(credentials) as link:
+        stream = await link.there.open_uni_stream()
+
+        async def send() -> None:
+            async with while_taken(stream, 10.0):
+                await stream.send(bytes(8 << 20))
+                await stream.finish()
+                await stream.flush()
+
+        began = loop.time()
+        sending = asyncio.create_task(send())
+        reading = await link.here.accept_uni_stream()
+        for _ in range(6):
+            for _ in range(16):
+                await reading.receive(1 << 16)
+            await asyncio.sleep(9.0)
+        assert not sending.done()
+        assert loop.time() - began > 50.0
+        stopped = loop.time()
+        with pytest.raises(TimeoutError):
+            await sending
+        assert 1.0 <= loop.time() - stopped <= 5.0  # of ten seconds nine were over; it is looked at now and then
 
 
 async def test_each_agent_is_told_once_however_slow_the_reader(fleet: Fleet) -> None:

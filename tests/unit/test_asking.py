@@ -88,6 +88,18 @@ async def test_a_withdrawal_cancels_only_when_nobody_else_waits() -> None:
     assert call.cancelled == 1
 
 
+async def test_a_withdrawal_does_not_cancel_for_who_was_cut_off_and_may_come_back() -> None:
+    call = Call("k")
+    call.asking.join(None)
+    call.asking.join(None)
+    call.asking.leave(None)
+    call.asking.withdraw(None)
+    assert call.cancelled == 0
+    call.asking.join(None)
+    call.asking.withdraw(None)
+    assert call.cancelled == 1
+
+
 @pytest.mark.parametrize("is_answered", [True, False])
 async def test_what_is_over_is_not_cancelled(is_answered: bool) -> None:
     call = Call()

@@ -68,6 +68,16 @@ AGENTS = [
 ]
 
 
+def test_of_an_outcome_without_all_its_results_it_is_said_how_many_are_left_out(
+    terminal: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = outcome(AgentResult(agent="a", status="replied", body=encode_body("cat")))
+    _print_outcome(told)
+    assert "left out" not in shown(capsys)[-1]
+    _print_outcome(told.model_copy(update={"left_out": 7500}))
+    assert "7500 more agents are left out" in " ".join("".join(shown(capsys)[-2:]).split())
+
+
 def test_a_fleet_fits_the_terminal(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
     fleet = Fleet(software="quorate/1", uptime_s=4000.0, rounds_open=1, rounds_closed={"complete": 3}, agents=AGENTS)
     _print_fleet("quic://[::1]:4433", fleet)

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from quorate_coordinator.idempotency import Keys, digest_of, is_final
+from quorate_coordinator.idempotency import Keys, digest_of, earlier_digest_of, is_final
+from quorate_protocol.blobs import blob_of
 from quorate_protocol.bodies import encode_body
+from quorate_protocol.bulk import ref_to
 from quorate_protocol.errors import CallFailed
 from quorate_protocol.fields import RoundState
 from quorate_protocol.messages import AgentResult, Ask, Outcome
@@ -29,6 +31,18 @@ class TestDigest:
 
     def test_the_order_of_labels_is_no_part_of_the_question(self) -> None:
         assert digest_of(ask(labels={"a": "1", "b": "2"})) == digest_of(ask(labels={"b": "2", "a": "1"}))
+
+    def test_however_its_body_came_it_is_the_same_question(self) -> None:
+        blob = blob_of([encode_body(1)])
+        assert digest_of(Ask(task="t", bulk=ref_to(blob))) == digest_of(ask())
+        assert digest_of(Ask(task="t", bulk=ref_to(blob).model_copy(update={"gone": True}))) == digest_of(ask())
+
+    def test_those_that_journals_have_stay(self) -> None:
+        """Also the digest of an inline body from before, which was over the body as it is."""
+        body = encode_body({"x": 1.5})
+        inline = Ask(task="classify", body=body, quorum=2, labels={"b": "2", "a": "1"}, key="k", stream=True)
+        assert digest_of(inline).hex() == "1ab155f73a46a2ef63e3090ab8e19703"
+        assert earlier_digest_of(inline).hex() == "fadd8c6fe4b0a45f1931ac76bbb5584a"
 
     @pytest.mark.parametrize(
         "other",

@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"frames", "fields", "bodies", "blobs", "credentials", "logs"},
     {"messages"},
     {"transport"},
-    {"channel", "pace"},
+    {"channel", "pace", "taking"},
     {"bulk"},
     {"client"},
 ]

@@ -189,6 +189,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
         "support": outcome.support,
         "duration_ms": _ms(outcome.duration_s),
         "results": [_result_json(result) for result in outcome.results],
+        "left_out": outcome.left_out,
     }
 
 
@@ -247,9 +248,10 @@ def _print_outcome(outcome: Outcome, *, has_table: bool = True) -> None:
         console.print(_table_of(outcome))
     support = "" if outcome.support is None else f" · support {outcome.support:.0%}"
     replied = sum(result.status == "replied" for result in outcome.results)
+    left_out = f" · {outcome.left_out} more agents are left out" if outcome.left_out else ""
     console.print(
         f"round {outcome.round} {outcome.state} in {outcome.duration_s * 1000:.1f} ms · "
-        f"{replied} of {len(outcome.results)} replied, quorum {outcome.quorum}{support}",
+        f"{replied} of {len(outcome.results)} replied, quorum {outcome.quorum}{support}{left_out}",
         highlight=False,
         style="dim",
     )

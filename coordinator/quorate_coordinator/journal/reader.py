@@ -123,15 +123,20 @@ class JournalReader:
             yield from page
             after_seq = page[-1].seq
 
+    def newest_of(self, key: str) -> int | None:
+        """Number of the newest round that was opened with this idempotency key, as the index has it: unchecked."""
+        found = self._fetch("SELECT round FROM records WHERE key = ? ORDER BY seq DESC LIMIT 1", key)
+        return found[0][0] if found else None
+
     def find_key(self, key: str) -> KnownRound | None:
         """The newest round that was opened with this idempotency key."""
-        rows = self._rows("WHERE key = ? ORDER BY seq DESC LIMIT 1", key)
-        if not rows:
+        number = self.newest_of(key)
+        if number is None:
             return None
-        opened = rows[0].read(self.file)
-        if not isinstance(opened, RoundOpened) or opened.key != key:
-            raise JournalDamaged(self.file, "the index of keys leads to another one's", rows[0].seq)
-        return self.find_round(opened.round)
+        known = self.find_round(number)
+        if known is None or known.opened is None or known.opened.key != key:
+            raise JournalDamaged(self.file, "the index of keys leads to another one's")
+        return known
 
     def find_round(self, round: int) -> KnownRound | None:
         """What is known about a round; None when that is nothing."""

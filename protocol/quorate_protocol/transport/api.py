@@ -4,6 +4,7 @@ Links differ in how they move bytes (raw QUIC, WebTransport, WebSocket, memory),
 All of it belongs to one event loop; nothing is thread-safe.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from quorate_protocol.errors import Code, ServerClosed
+from quorate_protocol.errors import Code, QuorateError, ServerClosed
 from quorate_protocol.limits import UDP_PAYLOAD_BYTES_MIN
 
 #: What can be sent: anything with the buffer protocol whose bytes are contiguous.
@@ -133,6 +134,14 @@ class SendStream(ABC):
             hurried: False lets them wait some milliseconds for others to share a packet with.
 
         Raises: as `send`.
+        """
+
+    @property
+    @abstractmethod
+    def send_failed(self) -> "asyncio.Future[QuorateError]":
+        """Done, with `StoppedByPeer` or `ConnectionClosed`, once nothing more can be sent because of either.
+
+        For who waits for something else meanwhile. After `finish` or `reset` it may never be.
         """
 
     @property

@@ -48,6 +48,7 @@ class QuicSendStream(SendStream):
     """The sending half. `_connection` tells it about acknowledgements, stops and the end."""
 
     _send_error: QuorateError | None = None
+    _send_failed: "asyncio.Future[QuorateError] | None" = None
     _send_ended = False
     _sending = False
     #: A sleeping `send` has handed over a part of its bytes: nothing else may come between.
@@ -111,6 +112,18 @@ class QuicSendStream(SendStream):
         if self._sending_midway:
             raise RuntimeError(f"stream {self.id}: another task is in the middle of sending")
         self._connection.write(self, payload, hurried=hurried)
+
+    @property
+    def send_failed(self) -> "asyncio.Future[QuorateError]":
+        if self._send_failed is None:
+            self._send_failed = asyncio.get_running_loop().create_future()
+            self._tell_failed()
+        return self._send_failed
+
+    def _tell_failed(self) -> None:
+        error = self._send_error
+        if self._send_failed is not None and not self._send_failed.done() and error is not None:
+            self._send_failed.set_result(error)
 
     @property
     def unsent_bytes(self) -> int:
@@ -183,6 +196,7 @@ class QuicSendStream(SendStream):
     def on_send_failed(self, error: QuorateError) -> None:
         if self._send_error is None:
             self._send_error = error
+            self._tell_failed()
         self.on_acknowledged()
 
 
