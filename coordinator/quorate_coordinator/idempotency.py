@@ -132,5 +132,5 @@ def check_same(key: str, known: bytes | None, *digests: bytes) -> None:
         CallFailed: it is another.
     """
     if known not in digests:
-        message = f"key: {key!r} was used for another question; take a new key for this one"
+        message = f"key: {key!r} was used for another question, or with other options; take a new key for this one"
         raise CallFailed("bad-request", message)

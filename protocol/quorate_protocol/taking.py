@@ -61,9 +61,8 @@ class _Look:
 
     def _look(self) -> None:
         unsent_bytes = self._stream.unsent_bytes
-        # More than before is a sign of life, too: there was room for it. Who has taken all waits for us.
-        is_idle = unsent_bytes and unsent_bytes == self._unsent_bytes and self._counts()
-        self._idle = self._idle + 1 if is_idle else 0
+        # More than before is a sign of life, too: there was room for it. None is not: others' bytes may be in the way.
+        self._idle = self._idle + 1 if unsent_bytes == self._unsent_bytes and self._counts() else 0
         self._unsent_bytes = unsent_bytes
         if self._idle >= _LOOKS:
             assert self._end is not None, "the timer is cancelled"

@@ -26,7 +26,7 @@ from large_bodies import (
     unread_replies,
 )
 from quorate_agent import Agent
-from quorate_coordinator import agent_bodies, operators, uni_streams
+from quorate_coordinator import agent_bodies, telling, uni_streams
 from quorate_protocol import bulk
 from quorate_protocol.blobs import blob_of
 from quorate_protocol.bodies import encode_body
@@ -252,7 +252,7 @@ class TestGreed:
 
     async def test_an_operator_that_does_not_read(self, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
         """The answers of its rounds are let go of."""
-        monkeypatch.setattr(operators, "STALLED_S", 0.2)
+        monkeypatch.setattr(telling, "UNTAKEN_S", 0.2)
         await fleet.join(answering("a", lambda body: noise(24 * MIB)))
         peer = await fleet.peer()
         await peer.hello("deaf", role="operator", tasks=())

@@ -494,7 +494,7 @@ async def test_a_body_that_does_not_go_on(bench: Bench, monkeypatch: pytest.Monk
 async def test_a_body_that_nobody_takes(bench: Bench) -> None:
     blob = of_noise(LARGE_BYTES)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(send_blob(bench.link.here, blob, header_for(blob, "outcome"), stalled_s=0.2), PATIENCE_S)
+        await asyncio.wait_for(send_blob(bench.link.here, blob, header_for(blob, "outcome"), untaken_s=0.2), PATIENCE_S)
     stream = await bench.link.there.accept_uni_stream()
     with pytest.raises(ResetByPeer) as caught:
         while await stream.receive(1 << 20):
@@ -505,7 +505,7 @@ async def test_a_body_that_nobody_takes(bench: Bench) -> None:
 async def test_a_body_that_is_taken_slowly(bench: Bench) -> None:
     """It may take several times as long as it may stand still."""
     blob = of_noise(8 << 20)
-    sending = asyncio.create_task(send_blob(bench.link.here, blob, header_for(blob, "outcome"), stalled_s=0.4))
+    sending = asyncio.create_task(send_blob(bench.link.here, blob, header_for(blob, "outcome"), untaken_s=0.4))
     stream = await bench.link.there.accept_uni_stream()
     began_at = asyncio.get_running_loop().time()
     async for _ in stream:

@@ -154,7 +154,10 @@ async def test_asked_again_under_its_key_it_is_the_same_round(fleet: Fleet) -> N
     )
     assert (first.code, again) == (0, first)
     assert (other.code, other.out) == (6, "")
-    assert other.line == ("quorate: key: 'k' was used for another question; take a new key for this one (bad-request)")
+    assert other.line == (
+        "quorate: key: 'k' was used for another question, or with other options; "
+        "take a new key for this one (bad-request)"
+    )
 
 
 async def test_an_agent_that_failed_is_asked_again(fleet: Fleet) -> None:
