@@ -321,7 +321,8 @@ async def _follow(call: Call, asking: Asking, told: Told | None, watch: "_Watch"
         outcome = await asyncio.shield(asking.outcome)
         if told is not None and telling is not None:
             told.end()
-            await asyncio.wait((telling,))
+            with call.untaken.holding(outcome):
+                await asyncio.wait((telling,))
             result_of(telling)
         return outcome
     finally:

@@ -75,11 +75,21 @@ class Untaken:
         self._disk_bytes_max = disk_bytes_max
         self.memory_bytes = 0
         self.disk_bytes = 0
+        #: Of the answers among it.
+        self._answers: list[_Size] = []
 
     @property
     def is_full(self) -> bool:
-        """Whether it is so much that nothing more should be begun."""
-        return self.memory_bytes > UNTAKEN_BYTES_MAX or self.disk_bytes > self._disk_bytes_max
+        """Whether it is so much that nothing more should be begun.
+
+        The largest answer does not count: who has taken all of one may ask for the next before that is acknowledged.
+        """
+        memory_bytes, disk_bytes = self.memory_bytes, self.disk_bytes
+        if memory_bytes > UNTAKEN_BYTES_MAX:
+            memory_bytes -= max((size.memory_bytes for size in self._answers), default=0)
+        if disk_bytes > self._disk_bytes_max:
+            disk_bytes -= max((size.disk_bytes for size in self._answers), default=0)
+        return memory_bytes > UNTAKEN_BYTES_MAX or disk_bytes > self._disk_bytes_max
 
     def check_room(self) -> None:
         """Whether one more call is taken.
@@ -105,9 +115,11 @@ class Untaken:
         """Holds a message, or a frame, for as long as the block takes."""
         size = _size_of(what)
         self.hold(size)
+        self._answers.append(size)
         try:
             yield
         finally:
+            self._answers.remove(size)
             self.release(size)
 
 

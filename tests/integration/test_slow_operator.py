@@ -53,6 +53,18 @@ async def test_parts_that_have_no_room_are_left_out() -> None:
     assert (untaken.memory_bytes, untaken.is_full) == (0, False)
 
 
+def test_the_largest_answer_does_not_count() -> None:
+    """Who asks one question after the other may have taken all of an answer before the coordinator knows."""
+    untaken = Untaken(1 << 30)
+    large_one, other = bytes(100 << 20), bytes(65 << 20)
+    with untaken.holding(large_one):
+        untaken.check_room()
+        with untaken.holding(other), pytest.raises(CallFailed, match="wait for this connection's operator"):
+            untaken.check_room()
+        untaken.check_room()
+    assert untaken.memory_bytes == 0
+
+
 def large(name: str, size_bytes: int) -> Agent:
     """An agent that answers with so many bytes, others each time."""
     agent = Agent(name)
