@@ -282,7 +282,7 @@ class Members:
     # --- the registry ---
 
     def _handle(self, event: ms.Event) -> None:
-        for instruction in self.registry.handle(event, self._world.now):
+        for instruction in self.registry.handle(event, self._process.now):
             self._carry_out(instruction)
         self._arm()
 
@@ -330,7 +330,8 @@ class Members:
         if link is None or self.links.get(agent) is not link:
             return
         if reason.startswith("not heard"):
-            self._auditor.agent_expired(agent, link.heard_by_coordinator(self._read_until), LEASE_S)
+            heard_at = self._process.clock_at(link.heard_by_coordinator(self._read_until))
+            self._auditor.agent_expired(agent, self._process.now - heard_at, LEASE_S)
         self._forget(link)
         link.close_down(f"session is over: {reason}")
 
@@ -352,10 +353,10 @@ class Members:
         if at != self._timer_at:
             return  # an earlier one was set since
         self._timer_at = math.inf
-        links, read_until = self.links, self._read_until
+        links, read_until, clock_at = self.links, self._read_until, self._process.clock_at
         heard = {
-            agent: links[agent].heard_by_coordinator(read_until)
-            for agent in self.registry.lease_due(self._world.now)
+            agent: clock_at(links[agent].heard_by_coordinator(read_until))
+            for agent in self.registry.lease_due(self._process.now)
             if agent in links
         }
         self._handle(ms.LeaseChecked(heard))
