@@ -173,7 +173,7 @@ class Auditor:
             self.fail("a round closes once", f"round {number} closed as {facts.state}, and was not open", round=number)
         waiters = self._waiters.pop(number)
         if facts.state == "cancelled" and (waiters or number not in self._given_up):
-            message = f"round {number} is cancelled, and its operator has not given it up (tries {sorted(waiters)} wait)"
+            message = f"round {number} is cancelled, and its operator has not given it up: tries {sorted(waiters)} wait"
             self.fail("only its operator cancels a round", message, round=number)
         self._given_up.discard(number)
         if opened.is_keyed and facts.state not in ("cancelled", "interrupted"):
@@ -205,6 +205,9 @@ class Auditor:
         if (state == "complete") != (replied == len(opened.selected)) and state not in ("cancelled", "interrupted"):
             message = f"round {number} is {state} with {replied} replies of {len(opened.selected)} selected"
             self.fail("complete means everybody", message, round=number)
+        if state == "expired" and self._now + _SLACK_S < opened.opened_at + opened.deadline_s:
+            message = f"round {number} is expired after {facts.duration_s:.3f} s, {opened.deadline_s:g} s were its time"
+            self.fail("expired means after the deadline", message, round=number)
         if state in ("failed", "expired") and replied >= opened.needed:
             message = f"round {number} is {state} with {replied} replies, and {opened.needed} were needed"
             self.fail("quorum is seen when it is there", message, round=number)
@@ -234,7 +237,7 @@ class Auditor:
                 self.fail("unavailable means never asked", message, agent=agent, round=facts.round)
         if opened.attempts > 1:
             return  # what came first is not what counts
-        at_deadline = self._now >= opened.opened_at + opened.deadline_s
+        at_deadline = self._now + _SLACK_S >= opened.opened_at + opened.deadline_s
         for agent, status, _ in facts.results:
             if status == "unavailable":
                 continue
@@ -293,7 +296,7 @@ class Auditor:
     def check(self) -> None:
         """After every event: no round in flight is past its deadline."""
         deadlines = self._deadlines
-        while deadlines and deadlines[0][0] < self._now and not self.is_suspended:
+        while deadlines and not self.is_suspended and deadlines[0][0] + _SLACK_S < self._now:
             deadline_at, number = heapq.heappop(deadlines)
             if number in self._open:
                 message = f"round {number} is open {self._now - deadline_at:.6f} s after its deadline"
@@ -308,6 +311,12 @@ class Auditor:
         """The book has as many rounds in flight as were opened and not closed."""
         if count != len(self._open):
             self.fail("every round is in the book", f"{count} are in flight, and {sorted(self._open)} were opened")
+
+    def check_waiting(self, agent: str, count: int) -> None:
+        """An agent is gone: so many rounds wait for it still, and may where they would ask it again."""
+        again = sum(opened.attempts > 1 and agent in opened.selected for opened in self._open.values())
+        if count > again:
+            self.fail("no round waits for who is gone", f"{count} rounds wait for {agent}, which is gone", agent=agent)
 
     def assigned(self, round_id: int, agents: Iterable[str], attempt: int) -> None:
         """The assignment goes to these agents."""
@@ -425,8 +434,8 @@ class Auditor:
             message = f"{held} announcements are held, and all {durable} records are durable"
             self.fail("what is durable is announced", message)
 
-    def pruned(self, rounds: frozenset[int], awaiting: Collection[int]) -> None:
-        """The disk has let go of these rounds; of others the truth may come."""
+    def pruned(self, rounds: frozenset[int], awaiting: Collection[int], now_s: float) -> None:
+        """The disk has let go of these rounds, by this time of day; of others the truth may come."""
         if not rounds:
             return
         last_at: dict[int, float] = {}
@@ -434,7 +443,7 @@ class Auditor:
             if record.round in rounds:
                 last_at[record.round] = max(made_at, last_at.get(record.round, 0.0))
         for round_id in sorted(rounds):
-            age_s = self._world.wall() - last_at[round_id]
+            age_s = now_s - last_at[round_id]
             if round_id in self._open or round_id in awaiting:
                 what = "in flight" if round_id in self._open else "waiting for its truth"
                 self.fail("nothing in use is pruned", f"round {round_id} is {what}, and pruned", round=round_id)
@@ -445,8 +454,7 @@ class Auditor:
         self._seen = {key: seen for key, seen in self._seen.items() if seen[0] not in rounds}
 
     def announced(self, key: str | None, round_id: int, digest: str, record: int | None) -> None:
-        """An operator is told an outcome; under a key, it may ask for it again. It has no record when it was asked again.
-        """
+        """An operator is told an outcome; under a key, it may ask for it again, and `record` is None then."""
         if record is not None and record > self._disk.durable:
             message = f"round {round_id} was announced with record {record}, and {self._disk.durable} are durable"
             self.fail("announced is durable", message, round=round_id)

@@ -27,6 +27,9 @@ from quorate_protocol.messages import Hello
 _DRAIN_S: Final = 15.0
 _GOODBYE_S: Final = 1.0
 
+#: Seconds for which a crash that is meant for a commit waits for one.
+_COMMIT_PATIENCE_S: Final = 10.0
+
 #: Seconds between two looks for what is too old.
 _PRUNE_EVERY_S: Final = 20.0
 
@@ -135,6 +138,7 @@ class CoordinatorHost:
         self._shadow_count = 0
         self._shadow_closed: dict[int, RoundClosed] = {}
         disk.on_checkpoint = self._check_checkpoint
+        disk.on_loss = lambda problem: auditor.fail("the journal is what was recorded", problem)
         #: Operators that wait for it to be there, or mind that it is gone.
         self.on_died: list[Callable[[], None]] = []
 
@@ -174,8 +178,20 @@ class CoordinatorHost:
         if self.current is not None and self.disk.durable == len(self.disk.records):
             self.auditor.check_learner(self.current.rounds.ledger.learner.snapshot(), self.replay())
 
-    def crash(self, down_s: float) -> None:
-        """kill -9, or the power."""
+    def crash(self, down_s: float, *, in_commit: bool) -> None:
+        """kill -9, or the power; with `in_commit` the next time that something is being written, or soon without."""
+        if not in_commit:
+            self._crash(down_s)
+        elif self.disk.in_commit is None:
+            self.disk.in_commit = lambda: self._crash(down_s)
+            self.world.after(_COMMIT_PATIENCE_S, self._crash_without, self.disk.in_commit)
+
+    def _crash_without(self, crash: Callable[[], None]) -> None:
+        if self.disk.in_commit is crash:
+            self.disk.in_commit = None
+            crash()
+
+    def _crash(self, down_s: float) -> None:
         if self.current is not None:
             self.check_learner()
             self._gone(self.current)

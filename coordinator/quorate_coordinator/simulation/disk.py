@@ -19,8 +19,14 @@ _COMMIT_S: Final = (0.001, 0.02)
 _SLOW_COMMIT_S: Final = (0.1, 1.5)
 _SLOW_SHARE: Final = 0.03
 
+#: Where in a slow commit a crash comes that was meant for one: late, so that more waits behind it.
+_LATE_SHARE: Final = 0.9
+
 #: Seconds after which a commit is tried again that found the disk full.
 _RETRY_S: Final = 0.5
+
+#: Rounds that are gone, and the time of day by which they were old.
+OnPruned = Callable[[frozenset[int], float], None]
 
 
 class SimDisk:
@@ -54,6 +60,10 @@ class SimDisk:
         self._on_failed: Callable[[str], None] = lambda problem: None
         self._on_recovered: Callable[[], None] = lambda: None
         self._has_failed = False
+        #: Called once, in the next commit.
+        self.in_commit: Callable[[], None] | None = None
+        #: Told what is not there after a crash and should be.
+        self.on_loss: Callable[[str], None] = lambda problem: None
         #: Told that a checkpoint has become durable.
         self.on_checkpoint: Callable[[int, bytes], None] = lambda covered, snapshot: None
 
@@ -150,7 +160,7 @@ class SimDisk:
             replayed=len(self.records) - covered,
         )
 
-    def prune(self, awaiting: Collection[int], on_pruned: Callable[[frozenset[int]], None]) -> None:
+    def prune(self, awaiting: Collection[int], on_pruned: OnPruned) -> None:
         """Takes away what is older than KEEP_S, and tells which rounds are gone. This disk keeps everything."""
 
     def close(self) -> None:
@@ -162,10 +172,14 @@ class SimDisk:
 
     def _begin(self) -> None:
         """Takes what waits into a commit; what comes after this waits for the next."""
-        span = _SLOW_COMMIT_S if self._random.random() < _SLOW_SHARE else _COMMIT_S
+        span = _SLOW_COMMIT_S if self._random.random() < _SLOW_SHARE or self.in_commit is not None else _COMMIT_S
         self._is_committing = True
         self._group = len(self.records)
-        self._world.after(self._random.uniform(*span), self._commit, self._process, self._group)
+        took_s = self._random.uniform(*span)
+        self._world.after(took_s, self._commit, self._process, self._group)
+        if self.in_commit is not None:
+            in_commit, self.in_commit = self.in_commit, None
+            self._world.after(_LATE_SHARE * took_s, in_commit)
 
     def _commit(self, process: int, group: int) -> None:
         if process != self._process:

@@ -127,7 +127,7 @@ class Faults:
             host.hangs_until = max(host.hangs_until, self._world.now + fault.duration_s)
 
     def _crash_coordinator(self, fault: Fault) -> None:
-        self._coordinator.crash(fault.duration_s)
+        self._coordinator.crash(fault.duration_s, in_commit=bool(fault.detail["commit"]))
 
     def _fill_disk(self, fault: Fault) -> None:
         self._coordinator.disk.full += 1

@@ -16,7 +16,7 @@ from quorate_coordinator.journal.records import RoundClosed
 from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_coordinator.journal.writer import Journal, _Committer
 from quorate_coordinator.recovery import Recovered, recover
-from quorate_coordinator.simulation.disk import KEEP_S, MakeLearner, SimDisk
+from quorate_coordinator.simulation.disk import KEEP_S, MakeLearner, OnPruned, SimDisk
 from quorate_coordinator.simulation.world import World
 
 #: Bytes of garbage behind a cut: a sector.
@@ -47,8 +47,10 @@ class JournalDisk(SimDisk):
         self._directory = directory
         self._tearing = world.stream("torn journal")
         self._crashes = 0
-        #: What is to be pruned once so many records are durable: until when, what is kept, the time of day, who is told.
-        self._pruning: tuple[int, Retention, float, Callable[[frozenset[int]], None]] | None = None
+        #: Rounds that were pruned.
+        self._pruned: set[int] = set()
+        #: What is to be pruned once so many records are durable: their number, what is kept, the time of day, who is told.
+        self._pruning: tuple[int, Retention, float, OnPruned] | None = None
         self._open_journal()
 
     def _open_journal(self) -> None:
@@ -93,10 +95,25 @@ class JournalDisk(SimDisk):
         file.with_name(file.name + "-wal").write_bytes(self._tear(before, after))
         shutil.rmtree(self._file.parent)
         self._open_journal()
+        self._check()
         with JournalReader(self._file) as reader:
             checkpoint = reader.checkpoint()
         self.checkpoint = None if checkpoint is None else (checkpoint.seq, checkpoint.snapshot)
         return self._journal.last_seq - self.durable
+
+    def _check(self) -> None:
+        """What is in the journal is what was appended, from the first record on, but for what was pruned."""
+        with JournalReader(self._file) as reader:
+            found = {number: record for number, _, record in reader.records()}
+        last = self._journal.last_seq
+        if last < self.durable:
+            self.on_loss(f"{self.durable} records were durable, and {last} are there after the crash")
+        for number, record in enumerate(self.records[:last], start=1):
+            there = found.pop(number, None)
+            if there != record and not (there is None and record.round in self._pruned):
+                self.on_loss(f"record {number} of {last} was {record}, and is {there} after the crash")
+        if found:
+            self.on_loss(f"nobody has made records {sorted(found)}")
 
     def _tear(self, before: bytes, after: bytes) -> bytes:
         """What of a log has reached the disk that was `before` and would have become `after`."""
@@ -116,7 +133,7 @@ class JournalDisk(SimDisk):
         with JournalReader(self._file) as reader:
             return recover(reader, lambda: make_learner(None), make_learner, remembered_max=remembered_max)
 
-    def prune(self, awaiting: Collection[int], on_pruned: Callable[[frozenset[int]], None]) -> None:
+    def prune(self, awaiting: Collection[int], on_pruned: OnPruned) -> None:
         # Behind all that was queued before it, as in the writer.
         retention, now_s = Retention(keep_s=KEEP_S, rounds=awaiting), self._world.wall()
         if self._journal.last_seq == len(self.records):
@@ -124,12 +141,14 @@ class JournalDisk(SimDisk):
         elif self._pruning is None:
             self._pruning = len(self.records), retention, now_s, on_pruned
 
-    def _prune(self, retention: Retention, now_s: float, on_pruned: Callable[[frozenset[int]], None]) -> None:
+    def _prune(self, retention: Retention, now_s: float, on_pruned: OnPruned) -> None:
         self._pruning = None
         before = self._rounds()
         for _ in prune(self._journal._connection, retention, now_s):
             pass
-        on_pruned(before - self._rounds())
+        pruned = before - self._rounds()
+        self._pruned |= pruned
+        on_pruned(pruned, now_s)
 
     def _rounds(self) -> frozenset[int]:
         found = self._reader.connection.execute("SELECT DISTINCT round FROM records WHERE round IS NOT NULL")

@@ -282,9 +282,24 @@ class Members:
     # --- the registry ---
 
     def _handle(self, event: ms.Event) -> None:
-        for instruction in self.registry.handle(event, self._process.now):
+        instructions = self.registry.handle(event, self._process.now)
+        for instruction in instructions:
             self._carry_out(instruction)
+        if instructions:
+            self._check(instructions)
         self._arm()
+
+    def _check(self, instructions: list[ms.Instruction]) -> None:
+        """After an event: as many members as there are sessions, and what the registry says of those it was about."""
+        counts = self.registry.counts()
+        live = counts["connected"] + counts["suspect"] + counts["draining"]
+        if live != len(self._members):
+            self._auditor.fail("the registry counts right", f"{counts} counted, {len(self._members)} have a session")
+        for agent in {instruction.agent: None for instruction in instructions}:
+            member, session = self._members.get(agent), self.registry.session_of(agent)
+            if session != (None if member is None else member.name):
+                message = f"the registry has {agent} in {session}, and its session is {member}"
+                self._auditor.fail("members have links", message, agent=agent)
 
     def _carry_out(self, instruction: ms.Instruction) -> None:
         match instruction:

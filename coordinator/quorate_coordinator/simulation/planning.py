@@ -204,7 +204,7 @@ _SHAPES: Final[dict[str, Callable[[random.Random, int], _Shape]]] = {
     "coordinator-crash": lambda draw, agents: (
         draw.choice((0.2, 2.0, 20.0)) * draw.uniform(0.5, 2.0),
         (COORDINATOR,),
-        {},
+        {"commit": draw.random() < 0.7},
     ),
     "disk-full": lambda draw, agents: (draw.uniform(1.0, 90.0), (COORDINATOR,), {}),
     "suspend": _suspension,
