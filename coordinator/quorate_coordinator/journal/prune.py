@@ -148,6 +148,10 @@ def _choose(
     seen: set[int] = set()
     for seq, number, at, size in rows:
         is_over = step.bytes < excess
+        if at > now_s and not is_over:
+            # Made while the clock was ahead: it says nothing of those after it.
+            step.cursor = seq
+            continue
         if at >= oldest_s and not is_over:
             step.is_last = True  # those after it are younger, or will be looked at another day
             break
