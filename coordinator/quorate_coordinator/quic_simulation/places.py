@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from quorate_agent import Agent, Context, Declined
 from quorate_agent.worker import Worker
-from quorate_coordinator.quic_simulation.history import History
 from quorate_coordinator.journal.schema import JOURNAL_NAME
+from quorate_coordinator.quic_simulation.history import History
 from quorate_coordinator.quic_simulation.network import COORDINATOR_NAME, FleetNetwork, place
 from quorate_coordinator.service import Coordinator
 from quorate_coordinator.settings import Settings

@@ -49,7 +49,7 @@ class JournalDisk(SimDisk):
         self._crashes = 0
         #: Rounds that were pruned.
         self._pruned: set[int] = set()
-        #: What is to be pruned once so many records are durable: their number, what is kept, the time of day, who is told.
+        #: What is to be pruned once so many records are durable: how many, what is kept, the time of day, who is told.
         self._pruning: tuple[int, Retention, float, OnPruned] | None = None
         self._open_journal()
 
