@@ -118,14 +118,15 @@ async def journalling(file: Path) -> AsyncIterator[tuple[Journal, Heard]]:
         journal.close(PATIENCE_S)
 
 
-def write_journal(file: Path, records: Iterable[Record], checkpoints: Iterable[int] = ()) -> None:
+def write_journal(
+    file: Path, records: Iterable[Record], checkpoints: Iterable[int] = (), *, ahead_s: float = 0.0
+) -> None:
     """Writes a journal, a second between its records; a checkpoint after each of those numbers."""
-
     journal, loop = Journal.open(file), asyncio.new_event_loop()
     journal.start(loop, lambda seq: None, lambda problem: None, lambda: None)
     last = journal.last_seq
     for number, record in enumerate(records, start=1):
-        journal.append(record, at=EPOCH_S + last + number)
+        journal.append(record, at=EPOCH_S + ahead_s + last + number)
         if number in checkpoints:
             journal.append_checkpoint(journal.last_seq, b"state %d" % journal.last_seq, at=EPOCH_S + number)
     assert journal.close(PATIENCE_S)

@@ -208,7 +208,9 @@ def _is_good(
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound, InvalidSignature):
         return False
     fits = isinstance(key, ec.EllipticCurvePrivateKey) and key.public_key() == certificate.public_key()
-    return fits and certificate.not_valid_after_utc - now > _RENEW_BEFORE and set(wanted) <= set(names)
+    # Made while the clock was ahead, it would be good some day, and nobody takes it until then.
+    is_valid = certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc - _RENEW_BEFORE
+    return fits and is_valid and set(wanted) <= set(names)
 
 
 def _authority(key: ec.EllipticCurvePrivateKey, now: datetime.datetime) -> x509.Certificate:

@@ -101,6 +101,7 @@ class Coordinator:
         self.settings: Final = settings
         self.metrics: Final = Metrics()
         self.started_at_unix_s = time.time()
+        self._started_at_s = time.monotonic()
         #: Who takes what agents send on streams of their own; `register` more before `start`, or any time.
         self.modalities: Final = Modalities(lambda experience: self._gatherer.experience(experience))
         self._given_learner = learner
@@ -398,7 +399,7 @@ class Coordinator:
             closed[state] += count
         return FleetListing(
             software=f"quorate/{__version__}",
-            uptime_s=time.time() - self.started_at_unix_s,
+            uptime_s=time.monotonic() - self._started_at_s,
             draining=self._is_draining,
             rounds_open=self._gatherer.book.in_flight,
             rounds_closed=dict(closed),

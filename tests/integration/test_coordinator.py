@@ -607,6 +607,15 @@ async def test_rounds_over_the_ceiling_are_refused_as_busy(tmp_path: Path) -> No
         assert fleet.metrics()["quorate_calls_total", "ask", "busy"] == 1
 
 
+async def test_a_clock_that_is_set_back_does_not_hide_the_fleet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with coordinating(tmp_path) as fleet:
+        operator = await fleet.operator()
+        monkeypatch.setattr("time.time", lambda: 1e9)
+        assert 0.0 <= (await operator.agents()).uptime_s < PATIENCE_S
+
+
 async def test_an_agent_that_owes_too_much_is_left_out(tmp_path: Path) -> None:
     async with coordinating(tmp_path, rounds={"in_flight_per_agent_max": 2}) as fleet:
         slow = Gated("slow")

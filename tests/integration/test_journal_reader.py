@@ -158,6 +158,13 @@ def test_old_rounds_go_whole(file: Path, keep_s: float, needed: Collection[int],
         assert (reader.next_round(), reader.last_seq()) == (7, 22)
 
 
+def test_records_from_a_clock_that_was_ahead_hold_up_nobody(file: Path) -> None:
+    write_journal(file, rounds(1), ahead_s=1e9)
+    write_journal(file, rounds(5, 2), checkpoints=[20])
+    prune_file(file, Retention(keep_s=3.5), EPOCH_S + 24)
+    assert rounds_in(file) == [1, 6], "how old the first is, nobody can tell"
+
+
 def test_nothing_goes_that_no_checkpoint_covers(file: Path) -> None:
     write_journal(file, rounds(10))
     assert prune_file(file, Retention(keep_s=0, keep_bytes=0), EPOCH_S * 2) == PruneReport()

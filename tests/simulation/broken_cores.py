@@ -1,16 +1,18 @@
 """Cores with a bug each, to see that the simulation finds it. What they break is what an honest mistake would break."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
 from quorate_agent import events as ev
 from quorate_agent.core import AgentCore
 from quorate_coordinator import membership as ms
+from quorate_coordinator.idempotency import Keyed, Keys
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.ledger import Announcement, Ledger
 from quorate_coordinator.registry import Registry
-from quorate_coordinator.rounds.book import RoundBook
-from quorate_coordinator.rounds.events import Event, ReplyReceived
+from quorate_coordinator.rounds.book import BookLimits, RoundBook
+from quorate_coordinator.rounds.events import AgentLost, Event, ReplyReceived, RoundCancelled
 from quorate_coordinator.rounds.instructions import CloseRound, Instruction, NoteStray
 from quorate_coordinator.simulation.coordinator import LEARNER_CEILINGS, Cores
 
@@ -54,6 +56,72 @@ class NamesOneTwice(RoundBook):
                 results = (*one.outcome.results, one.outcome.results[-1])
                 instructions[place] = CloseRound(replace(one.outcome, results=results))
         return instructions
+
+
+class GoesByTheTimeOfDay(RoundBook):
+    """Measures its rounds by a clock that people set."""
+
+    #: That clock, less the monotonic one, at the last event.
+    ahead_s = 0.0
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        self.ahead_s = time.time() - now
+        return super().handle(event, time.time())
+
+    def next_timer(self) -> float | None:
+        at = super().next_timer()
+        return None if at is None else at - self.ahead_s
+
+
+class RemembersItsClock(RoundBook):
+    """Takes its clock for one that goes on from where it was before a restart."""
+
+    latest = 0.0
+
+    def __init__(self, limits: BookLimits, *, first_round: int) -> None:
+        super().__init__(limits, first_round=first_round)
+        if first_round == 1:
+            RemembersItsClock.latest = 0.0
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        RemembersItsClock.latest = max(RemembersItsClock.latest, now)
+        return super().handle(event, RemembersItsClock.latest)
+
+
+class GoesOnAlone(RoundBook):
+    """Does not mind that nobody wants a round any more."""
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        return [] if isinstance(event, RoundCancelled) else super().handle(event, now)
+
+
+class WaitsForTheLost(RoundBook):
+    """Does not mind that an agent is gone."""
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        return [] if isinstance(event, AgentLost) else super().handle(event, now)
+
+
+class AsksAgain(Keys):
+    """Knows a key only when its round is over."""
+
+    def find(self, key: str, digest: bytes) -> Keyed | None:
+        found = super().find(key, digest)
+        return None if found is not None and found.request_id is not None else found
+
+    def open(self, key: str, digest: bytes, request_id: int) -> None:
+        self._in_flight.pop(key, None)
+        super().open(key, digest, request_id)
+
+
+class KeepsOneBack(Ledger):
+    """Holds the last of what may be said until there is more."""
+
+    def committed(self, seq: int) -> list[Announcement]:
+        free = super().committed(seq)
+        if free:
+            self._held.appendleft((seq, free.pop()))
+        return free
 
 
 class AnnouncesEarly(Ledger):
@@ -139,6 +207,15 @@ BROKEN: dict[str, tuple[Cores, set[str]]] = {
     "no timer": (Cores(book=ForgetsTheTimer), {"rounds end by their deadline"}),
     "a timer too many": (Cores(book=KeepsTheTimer), {"nothing raises (KeyError in _close_due)"}),
     "an agent with two results": (Cores(book=NamesOneTwice), {"one status for each selected agent"}),
+    "the time of day": (
+        Cores(book=GoesByTheTimeOfDay),
+        {"rounds end by their deadline", "expired means after the deadline", "late means after the deadline"},
+    ),
+    "a clock from before the restart": (Cores(book=RemembersItsClock), {"rounds end by their deadline"}),
+    "a round that nobody wants": (Cores(book=GoesOnAlone), {"who has left is not waited for"}),
+    "a round that waits for who is gone": (Cores(book=WaitsForTheLost), {"no round waits for who is gone"}),
+    "a key in flight is not known": (Cores(keys=AsksAgain), {"one round for each key"}),
+    "an announcement is kept back": (Cores(ledger=KeepsOneBack), {"what is durable is announced"}),
     "announced early": (Cores(ledger=AnnouncesEarly), {"announced is durable"}),
     "forgets who was suspect": (Cores(registry=Forgets), {"members can be asked"}),
     "declares the living lost": (Cores(registry=HastyRegistry), {"who was heard is not lost"}),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from quorate_coordinator.asking import Asking
 from quorate_coordinator.cli.main import app
 from quorate_coordinator.quic_simulation.faults import PLAYED
 from quorate_coordinator.quic_simulation.history import History, NotHeld
@@ -60,6 +61,23 @@ def test_an_agent_with_a_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             assert violation.invariant == "no assignment runs twice in a process", violation
             return
     raise AssertionError("not found within 20 seeds")
+
+
+def test_operators_whose_links_break_find_their_rounds_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a shell that gives a round up when it only loses sight of who has its key is found."""
+    plan = playable(make_plan(4, agents=8, hours=0.08, kinds=("operator-break",)))
+    plan = plan.only(calls=tuple(replace(call, keyed=True, cancel_after_s=None) for call in plan.calls))
+    breaks = tuple(
+        replace(plan.faults[0], at_s=call.at_s + 0.05, duration_s=0.0, targets=(0, 1, 2)) for call in plan.calls[::3]
+    )
+    plan = plan.only(faults=breaks)
+    report = simulate_quic(plan)
+    assert report.violation is None, report.violation
+    assert report.rounds["cancelled"] == 0
+    monkeypatch.setattr("quorate_coordinator.asking.Asking.leave", Asking.withdraw)
+    violation = simulate_quic(plan).violation
+    assert violation is not None
+    assert violation.invariant == "only its operator cancels a round", violation
 
 
 def outcome_of(state: str = "quorate", *, replies: int = 1, quorum: int = 1) -> Outcome:
@@ -174,5 +192,5 @@ def test_a_plan_with_all_faults_leaves_out_what_it_cannot_play() -> None:
     plan = make_plan(1, agents=8, hours=0.08)
     assert {fault.kind for fault in plan.faults} == {*FAULT_KINDS}
     assert {fault.kind for fault in playable(plan).faults} == PLAYED
-    with pytest.raises(ConfigurationError, match="clock-jump"):
-        playable(plan, ["loss", "clock-jump"])
+    with pytest.raises(ConfigurationError, match="suspend"):
+        playable(plan, ["loss", "suspend"])

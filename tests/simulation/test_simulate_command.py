@@ -66,7 +66,7 @@ def test_only_what_is_asked_for_goes_wrong() -> None:
         (("--budget", "1s", "--seeds", "2"), "--budget: says when to stop; --seeds does, too"),
         (("--plan", "absent.json"), "--plan: cannot read absent.json"),
         (("--plan", "broken.json"), "--plan: is no plan ("),
-        (("--plan", "old.json"), "--plan: is of version 0; this is version 1"),
+        (("--plan", "old.json"), "--plan: is of version 0; this is version 2"),
         (("--plan", "old.json", "--seed", "1"), "--plan: has its own seed"),
     ],
 )
@@ -74,7 +74,7 @@ def test_what_is_wrong_is_named(
     arguments: tuple[str, ...], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("broken.json").write_text('{"version": 1}')
+    Path("broken.json").write_text('{"version": 2}')
     Path("old.json").write_text('{"version": 0}')
     ended = run(*arguments)
     assert (ended.exit_code, ended.stdout) == (2, "")

@@ -5,10 +5,15 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from quorate_coordinator.journal.prune import PruneReport, Retention, prune
+from quorate_coordinator.journal.writer import _Committer
 from quorate_coordinator.links import FrameLog
 from quorate_coordinator.simulation.coordinator import Cores
 from quorate_coordinator.simulation.plan import FAULT_KINDS, Plan
@@ -118,10 +123,10 @@ def test_a_plan_survives_json(tmp_path: Path) -> None:
     assert simulate(again).digest == simulate(plan).digest
 
 
-def find(cores: Cores) -> Report:
+def find(cores: Cores, kinds: Sequence[str] = FAULT_KINDS) -> Report:
     """The first run in which a bug shows."""
     for seed in SEEDS:
-        report = simulate(make_plan(seed, agents=20, hours=0.2), cores)
+        report = simulate(make_plan(seed, agents=20, hours=0.2, kinds=kinds), cores)
         if report.violation is not None:
             return report
     raise AssertionError(f"not found within {len(SEEDS)} seeds")
@@ -142,6 +147,61 @@ def test_a_bug_is_found_and_its_plan_shortened(bug: str) -> None:
     assert again.violation == shorter.violation
     assert again.digest == shorter.digest
     assert simulate(shorter.plan).violation is None, "it is the bug, and not the plan"
+
+
+@pytest.mark.parametrize(
+    ("bug", "kind"),
+    [
+        ("the time of day", "clock-jump"),
+        ("a clock from before the restart", "coordinator-crash"),
+        ("a key in flight is not known", "operator-break"),
+    ],
+)
+def test_a_bug_shows_with_its_fault_alone(bug: str, kind: str) -> None:
+    cores, invariants = BROKEN[bug]
+    report = find(cores, kinds=(kind,))
+    assert report.violation is not None
+    assert report.violation.invariant in invariants, describe(report)
+    assert simulate(report.plan.only(faults=()), cores).violation is None, "not without it"
+
+
+def _write_in_pieces(committer: _Committer, rows: Sequence[tuple[object, ...]], snapshots: list[Any]) -> None:
+    """Each record in a transaction of its own, the last first."""
+    for row in reversed(rows):
+        _WRITE(committer, [row], [])
+    _WRITE(committer, [], snapshots)
+
+
+_WRITE = _Committer._write
+
+
+def _prune_all(connection: Any, retention: Retention, now_s: float) -> Iterator[PruneReport]:
+    return prune(connection, replace(retention, rounds=()), now_s)
+
+
+def _prune_early(connection: Any, retention: Retention, now_s: float) -> Iterator[PruneReport]:
+    return prune(connection, retention, now_s + 60.0)
+
+
+@pytest.mark.parametrize(
+    ("place", "broken", "invariant"),
+    [
+        ("journal.writer._Committer._write", _write_in_pieces, "the journal is what was recorded"),
+        ("simulation.journal_disk.prune", _prune_all, "nothing in use is pruned"),
+        ("simulation.journal_disk.prune", _prune_early, "nothing young is pruned"),
+    ],
+)
+def test_a_bug_of_the_journal_is_found(
+    place: str, broken: object, invariant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"quorate_coordinator.{place}", broken)
+    report = find(Cores(), kinds=("coordinator-crash", "clock-jump", "burst"))
+    assert report.violation is not None
+    assert report.violation.invariant == invariant, describe(report)
+    shorter = shorten(report, seconds=8.0)
+    assert shorter.plan.size <= report.plan.size // 2, f"{report.plan.size} became {shorter.plan.size}"
+    monkeypatch.undo()
+    assert simulate(shorter.plan).violation is None
 
 
 def test_what_is_not_sent_again_after_a_break_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,13 @@ def test_it_is_renewed_days_before_its_end_and_not_sooner(state: Path) -> None:
     assert {name for name in after if after[name] != before[name]} == {"certificate.pem", "key.pem"}
 
 
+def test_one_that_was_made_while_the_clock_was_ahead_is_made_anew(state: Path) -> None:
+    files = make(state)
+    assert not ensure_certificate(files, now=NOW + DAY)
+    assert ensure_certificate(files, now=NOW - 365 * DAY)
+    assert certificate_of(files).not_valid_before_utc < NOW - 365 * DAY < certificate_of(files).not_valid_after_utc
+
+
 def test_one_that_has_run_out_is_renewed(state: Path) -> None:
     make(state, now=NOW - 60 * DAY)
     assert certificate_of(make(state)).not_valid_after_utc > NOW + 7 * DAY

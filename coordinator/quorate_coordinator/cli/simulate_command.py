@@ -41,9 +41,14 @@ def simulate(
 ) -> None:
     """Run the cores of coordinator and agents under virtual time, and check what must hold after every event.
 
-    Messages are lost, held up and doubled, agents and the coordinator crash, hang and stand still, the disk is full.
-    The same seed gives the same run, byte for byte. A run that violates an invariant is shortened, its plan written to
-    simulation-SEED.json, and the exit code is 1.
+    Messages are lost, held up and doubled, agents and the coordinator crash, hang and stand still, links break, clocks
+    are set, the disk is full; up to 100 agents it is a real journal, torn at crashes. The same seed gives the same run,
+    byte for byte. A run that violates an invariant is shortened, its plan written to simulation-SEED.json, and the exit
+    code is 1.
+
+    After every event: deadlines. At every event of a round, a member or an agent: all that it concerns, and ceilings.
+    At every commit, pruning, crash and restart: what is durable, announced and learned. Every 60 virtual seconds: all
+    members and who can be asked. At the end: that all is at rest.
 
     With --engine quic the same plan is played by real coordinators, workers and clients over QUIC in memory; what
     happens then is not the same to the byte, and is not shortened.

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Final
 
 from quorate_coordinator.quic_simulation.network import FleetNetwork
+from quorate_coordinator.quic_simulation.operators import Operator
 from quorate_coordinator.quic_simulation.places import AgentPlace, CoordinatorPlace
 from quorate_coordinator.simulation.faults import COORDINATOR
 from quorate_coordinator.simulation.plan import FAULT_KINDS, Fault
+from quorate_coordinator.simulation.world import WallClock
 
 #: Not those that stop one process of several, or its disk: here they are tasks of one process.
-PLAYED: Final = frozenset(FAULT_KINDS) - {"clock-jump", "disk-full"}
+PLAYED: Final = frozenset(FAULT_KINDS) - {"suspend", "disk-full"}
 
 #: Probability of a datagram's loss that the network has at most. Above it, handshakes are a matter of luck.
 _LOSS_MAX: Final = 0.4
@@ -32,11 +34,15 @@ class Faults:
         hosts: list[AgentPlace],
         coordinator: CoordinatorPlace,
         network: FleetNetwork,
+        operators: list[Operator],
+        wall: WallClock,
     ) -> None:
         self._loop = loop
         self._hosts = hosts
         self._coordinator = coordinator
         self._network = network
+        self._operators = operators
+        self._wall = wall
         self._loss: list[float] = []
         self._duplication: list[float] = []
         self._reordering = 0
@@ -70,6 +76,13 @@ class Faults:
                     host.ask_to_stop()
                 if COORDINATOR in fault.targets:
                     await self._coordinator.restart(_DRAINED_S, drain=True)
+            case "operator-break":
+                for number in fault.targets:
+                    if fault.duration_s:  # the coordinator hears nothing, and finds that out itself
+                        self._network.break_links(self._operators[number].name)
+                    await self._operators[number].close()
+            case "clock-jump":
+                self._wall.jump(float(fault.detail["by_s"]))
             case "burst":
                 pass  # its calls are among the plan's
 

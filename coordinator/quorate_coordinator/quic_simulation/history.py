@@ -1,11 +1,13 @@
 """What is seen from outside of a fleet of real shells, and what must hold of it."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from quorate_coordinator.journal.reader import JournalReader
+from quorate_coordinator.journal.records import RoundClosed
 from quorate_coordinator.simulation.plan import CallPlan
 from quorate_protocol.messages import Outcome
 
@@ -99,9 +101,23 @@ class History:
             message = f"{key} was told round {known.round} ({known.state}), and now {outcome.round} ({outcome.state})"
             fail("the same call has the same outcome", message)
 
-    def check_journal(self, file: Path) -> None:
-        """The coordinator is gone: what was announced is in its journal."""
+    def check_journal(self, file: Path, calls: Iterable[CallPlan] = ()) -> None:
+        """The coordinator is gone: what was announced is in its journal, and what it did for these calls."""
+        waits = {call.key for call in calls if call.cancel_after_s is None}
+        #: By key: the round that answers it.
+        answers: dict[str, int] = {}
         with JournalReader(file) as journal:
+            for _, _, record in journal.records():
+                if not isinstance(record, RoundClosed) or record.key is None:
+                    continue
+                number, key = record.round, record.key
+                if record.state == "cancelled" and key in waits:
+                    fail("only its operator cancels a round", f"round {number} of {key} is cancelled: {record.reason}")
+                if record.state in ("cancelled", "interrupted"):
+                    continue
+                if key in answers:
+                    fail("one round for each key", f"rounds {answers[key]} and {number} have both answered {key}")
+                answers[key] = number
             if journal.open_rounds():
                 fail("every round ends", f"rounds {journal.open_rounds()[:5]} are open in the journal")
             for key, outcome in self.outcomes.items():

@@ -26,6 +26,8 @@ class FleetNetwork(MemoryNetwork):
         self._cuts: Counter[tuple[str, bool]] = Counter()
         #: Ports that nothing comes to or from any more.
         self._dead: set[str] = set()
+        #: While the coordinator's process is gone, and its shells still say goodbye to each other.
+        self.is_coordinator_gone = False
 
     def bind(self, name: str | None = None) -> MemoryPort:
         """As in the base; a client's port is named after its place."""
@@ -38,6 +40,8 @@ class FleetNetwork(MemoryNetwork):
     def is_cut(self, a: str, b: str) -> bool:
         """Whether what `a` sends to `b` is swallowed."""
         if a in self._dead or b in self._dead or super().is_cut(a, b):
+            return True
+        if self.is_coordinator_gone and COORDINATOR_NAME in (a, b):
             return True
         is_up = b == COORDINATOR_NAME
         return self._cuts[(a if is_up else b).partition("/")[0], is_up] > 0

@@ -6,6 +6,7 @@ import random
 from typing import Any, Final
 
 from quorate_coordinator.quic_simulation.history import History, fail
+from quorate_coordinator.quic_simulation.network import place
 from quorate_coordinator.quic_simulation.places import URL
 from quorate_coordinator.simulation.plan import CallPlan, RevealPlan
 from quorate_protocol.client import Client
@@ -30,6 +31,8 @@ class Operator:
         self._random = random.Random(f"{seed}/operator {number}")  # noqa: S311  repeatable on purpose
         self._credentials = credentials
         self._history = history
+        #: Whose ports those of its connections are.
+        self.name: Final = f"operator-{number}"
         self._client: Client | None = None
         self._connecting = asyncio.Lock()
         #: Calls whose outcome was told for good, by key, with their question.
@@ -41,6 +44,7 @@ class Operator:
         Raises:
             NotHeld: what it is told cannot be.
         """
+        place.set(self.name)
         loop = asyncio.get_running_loop()
         question = self._random.choice(_LABELS)
         await asyncio.sleep(max(0.0, start_s + call.at_s - loop.time()))
@@ -54,7 +58,7 @@ class Operator:
             return
         self._history.told(call, outcome)
         self._history.calls[outcome.state] += 1
-        if call.cancel_after_s is None and call.key in self._history.outcomes:
+        if call.keyed and call.key in self._history.outcomes:
             self._told[call.key] = call, question
         if call.reveal is not None:
             for _ in range(call.reveal.times):
@@ -97,8 +101,7 @@ class Operator:
                         deadline_s=call.deadline_s,
                         attempts=call.attempts,
                         count=call.count,
-                        # A round that has a key goes on when its operator leaves.
-                        key=call.key if call.cancel_after_s is None else None,
+                        key=call.key if call.keyed else None,
                     )
             except CallFailed as error:
                 problem = error.reason

@@ -2,13 +2,15 @@
 
 import asyncio
 import random
+import time
 from contextvars import copy_context
 from typing import Any, Final
 
 from quorate_agent import Agent, Context, Declined
 from quorate_agent.worker import Worker
+from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_coordinator.quic_simulation.history import History
-from quorate_coordinator.quic_simulation.network import COORDINATOR_NAME, place
+from quorate_coordinator.quic_simulation.network import COORDINATOR_NAME, FleetNetwork, place
 from quorate_coordinator.service import Coordinator
 from quorate_coordinator.settings import Settings
 from quorate_coordinator.simulation.tasks import tasks_of
@@ -17,6 +19,9 @@ URL: Final = f"memory:{COORDINATOR_NAME}"
 
 #: Seconds that rounds in flight have when the coordinator drains.
 _DRAIN_S: Final = 15.0
+
+#: Seconds of the wall clock that a commit takes at the most.
+_COMMIT_S_MAX: Final = 5.0
 
 #: Seconds until a supervisor starts an agent again that has ended by itself.
 _RESTART_S: Final = (0.5, 5.0)
@@ -28,8 +33,9 @@ _LABELS: Final = range(4)
 class CoordinatorPlace:
     """The coordinator's machine: its directory, and one process after the other."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, network: FleetNetwork) -> None:
         self.settings: Final = settings
+        self._network = network
         self.current: Coordinator | None = None
         self._changing = asyncio.Lock()
 
@@ -45,15 +51,32 @@ class CoordinatorPlace:
         self.current = coordinator
 
     async def restart(self, down_s: float, *, drain: bool) -> None:
-        """Ends the process, at once or when its rounds are over, and starts another after a while."""
+        """Ends the process, as `kill -9` would or when its rounds are over, and starts another after a while."""
         async with self._changing:
-            if self.current is not None:
-                if drain:
-                    await self.current.drain(_DRAIN_S)
+            if self.current is not None and drain:
+                await self.current.drain(_DRAIN_S)
                 await self.current.close()
-                self.current = None
+            elif self.current is not None:
+                await self._kill(self.current)
+            self.current = None
             await asyncio.sleep(down_s)
             await self.start()
+
+    async def _kill(self, process: Coordinator) -> None:
+        """From here on nobody hears of it, and what it writes is not there: its tasks may end in order."""
+        self._network.is_coordinator_gone = True
+        files = [self.settings.state_dir / name for name in (JOURNAL_NAME, f"{JOURNAL_NAME}-wal")]
+        # Its thread is not ours to stop: what it writes is written first, and nobody was told of it.
+        ends_at = time.perf_counter() + _COMMIT_S_MAX
+        while process.is_recording and time.perf_counter() < ends_at:
+            time.sleep(0.001)  # noqa: ASYNC251  the loop must not go on
+        left = {file: file.read_bytes() for file in files if file.exists()}
+        await process.close()
+        for file in (*files, files[0].with_name(f"{JOURNAL_NAME}-shm")):
+            file.unlink(missing_ok=True)
+        for file, content in left.items():
+            file.write_bytes(content)
+        self._network.is_coordinator_gone = False
 
     async def stop(self) -> None:
         """For good."""

@@ -15,18 +15,19 @@ from quorate_coordinator.quic_simulation.network import FleetNetwork
 from quorate_coordinator.quic_simulation.operators import Operator
 from quorate_coordinator.quic_simulation.places import URL, AgentPlace, CoordinatorPlace
 from quorate_coordinator.quic_simulation.virtual_loop import START_S, VirtualLoop
-from quorate_coordinator.settings import Settings
-from quorate_coordinator.simulation.plan import Plan
+from quorate_coordinator.settings import JournalSettings, Settings
+from quorate_coordinator.simulation.plan import OPERATORS, Plan, operator_of
 from quorate_coordinator.simulation.planning import QUIET_S
 from quorate_coordinator.simulation.run import Report, Violation
+from quorate_coordinator.simulation.world import WallClock
 from quorate_protocol.errors import ConfigurationError
 from quorate_protocol.transport.memory import using_network
 
 #: Agents in one process and loop: more play at less than the speed of the clock on the wall.
 AGENTS_MAX: Final = 100
 
-#: Operators that make a plan's calls, a connection each.
-_OPERATORS: Final = 3
+#: Days for which the journal keeps rounds: more than clocks are set forwards.
+_KEEP_DAYS: Final = 36_500.0
 
 #: Agents start within this time, in seconds.
 _START_S: Final = 2.0
@@ -44,7 +45,7 @@ def playable(plan: Plan, kinds: Iterable[str] | None = None) -> Plan:
     missing = sorted({*(kinds or ())} - PLAYED)
     if missing:
         raise ConfigurationError(
-            "--faults", f"{missing[0]!r} needs --engine model: real shells share one loop and disk"
+            "--faults", f"{missing[0]!r} needs --engine model: real shells share one process and its disk"
         )
     if plan.agents > AGENTS_MAX:
         raise ConfigurationError("--agents", f"must be at most {AGENTS_MAX} with --engine quic, is {plan.agents}")
@@ -58,12 +59,13 @@ def simulate_quic(plan: Plan, progress: Callable[[float], None] = lambda share: 
     history = History()
     loop = VirtualLoop()
     network = FleetNetwork(plan.seed)
+    wall = WallClock(loop.time)
     with tempfile.TemporaryDirectory(prefix="quorate-simulate-") as directory, using_network(network):
         state_dir = Path(directory)
         try:
-            with asyncio.Runner(loop_factory=lambda: loop) as runner:
-                runner.run(_Fleet(plan, loop, network, state_dir, history, report).live(progress))
-            history.check_journal(state_dir / JOURNAL_NAME)
+            with asyncio.Runner(loop_factory=lambda: loop) as runner, wall.shown():
+                runner.run(_Fleet(plan, loop, network, wall, state_dir, history, report).live(progress))
+            history.check_journal(state_dir / JOURNAL_NAME, plan.calls)
         except* Exception as group:  # noqa: BLE001  whatever a shell raises is a finding
             report.violation = _violation_of(group, loop.time() - START_S)
     report.elapsed_s = time.perf_counter() - began_at
@@ -93,6 +95,7 @@ class _Fleet:
         plan: Plan,
         loop: VirtualLoop,
         network: FleetNetwork,
+        wall: WallClock,
         state_dir: Path,
         history: History,
         report: Report,
@@ -100,10 +103,13 @@ class _Fleet:
         self.plan = plan
         self.loop = loop
         self.network = network
+        self.wall = wall
         self.history = history
         self.report = report
-        settings = Settings(http="", state_dir=state_dir).model_copy(update={"listen": URL})
-        self.coordinator = CoordinatorPlace(settings)
+        # Whatever the time of day is said to be: what was announced is asked for again at the end.
+        journal = JournalSettings(keep_days=_KEEP_DAYS)
+        settings = Settings(http="", state_dir=state_dir, journal=journal).model_copy(update={"listen": URL})
+        self.coordinator = CoordinatorPlace(settings, network)
 
     async def live(self, progress: Callable[[float], None]) -> None:
         """From the start to the quiet end.
@@ -117,16 +123,16 @@ class _Fleet:
         assert self.coordinator.current is not None
         credentials: dict[str, Any] = {**self.coordinator.current.credentials}
         hosts = [AgentPlace(plan.seed, number, credentials, self.history) for number in range(plan.agents)]
-        faults = Faults(loop, hosts, self.coordinator, self.network)
+        operators = [Operator(plan.seed, number, credentials, self.history) for number in range(OPERATORS)]
+        faults = Faults(loop, hosts, self.coordinator, self.network, operators, self.wall)
         self.report.faults = faults.counts
         draw = random.Random(f"{plan.seed}/starts")  # noqa: S311  repeatable on purpose
         for host in hosts:
             loop.call_later(draw.uniform(0.0, _START_S), host.start)
-        operators = [Operator(plan.seed, number, credentials, self.history) for number in range(_OPERATORS)]
         end = START_S + plan.hours * 3600.0
         async with asyncio.TaskGroup() as group:
-            for number, call in enumerate(plan.calls):
-                group.create_task(operators[number % _OPERATORS].make(call, START_S), name=call.key)
+            for call in plan.calls:
+                group.create_task(operators[operator_of(call.key)].make(call, START_S), name=call.key)
             for fault in plan.faults:
                 group.create_task(faults.play(fault, START_S), name=fault.kind)
             while loop.time() < end:

@@ -46,6 +46,9 @@ _DRAIN_TIMEOUT_S: Final = 30.0
 #: Seconds until an async handler has ended that was cancelled.
 _CANCEL_S: Final = 0.005
 
+#: What a machine's monotonic clock may show when a process starts: some seconds after it was switched on, up to months.
+CLOCK_S: Final = (5.0, 1e7)
+
 #: A few small backlogs among the fleet, so that they are full at times.
 _SMALL_BACKLOG: Final = BacklogLimits(assignments_max=4, feedback_max=8, remembered_max=16)
 
@@ -86,6 +89,7 @@ class AgentHost:
         self.make_core = make_core
         self.nature: Final = self._draw_nature()
         self.random: Final = world.stream(f"life {self.name}")
+        self.clocks: Final = world.stream(f"clock {self.name}")
         self.fate: Final = fate_of(world.seed, f"work {self.name}")
         self.process: AgentProcess | None = None
         self._instances = 0
@@ -147,7 +151,7 @@ class AgentProcess:
         self.host = host
         self.name: Final = host.name
         self.instance: Final = instance
-        self.process: Final = Process(host.world)
+        self.process: Final = Process(host.world, clock_s=host.clocks.uniform(*CLOCK_S))
         self.core = host.make_core(
             tasks=host.nature.tasks,
             feedback_tasks=host.nature.feedback_tasks,
@@ -242,7 +246,7 @@ class AgentProcess:
 
     def _pause(self) -> None:
         began_at, self._welcomed_at = self._welcomed_at, None
-        now = self.host.world.now
+        now = self.process.now
         if began_at is None:
             delay_s = self._backoff.fail()
         else:
@@ -255,7 +259,7 @@ class AgentProcess:
     @property
     def _is_awaited(self) -> bool:
         """Whether there is a session that may still be resumed."""
-        return self.core.is_suspended and self.host.world.now < self._lease_ends_at
+        return self.core.is_suspended and self.process.now < self._lease_ends_at
 
     # --- messages ---
 
@@ -280,7 +284,7 @@ class AgentProcess:
                 self._cancelled.add(message.round)
                 self._apply(ev.CancellationReceived(message.round))
             case Welcome():
-                self._welcomed_at = self.host.world.now
+                self._welcomed_at = self.process.now
                 self._lease_s = message.lease_s
                 link.joined(message.pulse_s, max(message.lease_s / 2, min(message.lease_s, 2 * message.pulse_s)))
                 self._session = message.session
@@ -299,8 +303,7 @@ class AgentProcess:
     # --- the core ---
 
     def _apply(self, event: ev.Event) -> None:
-        now = self.host.world.now
-        for instruction in self.core.handle(event, now):
+        for instruction in self.core.handle(event, self.process.now):
             self._execute(instruction)
         if self.core.queued > self._limits.assignments_max + self._limits.feedback_max:
             self.host.auditor.fail("queues are bounded", f"{self.name} has {self.core.queued} queued", agent=self.name)
@@ -387,7 +390,11 @@ class AgentProcess:
         arrives_at = link.send_up("coordination", message)
         self._sent.append((reply.round, reply.attempt))
         if arrives_at is not None:
-            self.process.at(arrives_at + link.path.latency_s, self._acknowledged, link, len(self._sent))
+            self._at(arrives_at + link.path.latency_s, self._acknowledged, link, len(self._sent))
+
+    def _at(self, moment: float, action: Callable[..., None], *arguments: Any) -> None:
+        """Something reaches it at a moment of the world's."""
+        self.host.world.at(moment, self.process.call, action, *arguments)
 
     def _acknowledged(self, link: Link, sent: int) -> None:
         """The coordinator's transport has so many replies of a link. The shell looks at each pulse."""
@@ -411,14 +418,14 @@ class AgentProcess:
         assert link is not None, "the core leaves sessions that stand"
         arrives_at = link.send_up("coordination", StreamEnded())
         if arrives_at is not None:
-            self.process.at(arrives_at + link.path.latency_s, self._say_goodbye, link, reason)
+            self._at(arrives_at + link.path.latency_s, self._say_goodbye, link, reason)
         self.process.after(_LEAVE_TIMEOUT_S, self._left, link)
 
     def _say_goodbye(self, link: Link, reason: str) -> None:
         if self._leaving is link:
             arrives_at = link.send_up("control", Goodbye(reason=reason))
             if arrives_at is not None:
-                self.process.at(arrives_at + link.path.latency_s, self._left, link)
+                self._at(arrives_at + link.path.latency_s, self._left, link)
 
     def _left(self, link: Link) -> None:
         if self._leaving is not link:
@@ -464,8 +471,7 @@ class AgentProcess:
 
     def _run(self, work: int, compute_s: float, ended: ev.Event, reply: tuple[str, int, int] | None = None) -> None:
         self._running[work] = reply
-        now = self.host.world.now
-        self.process.at(max(now + compute_s, self.host.hangs_until), self._end, work, ended)
+        self.process.after(max(compute_s, self.host.hangs_until - self.host.world.now), self._end, work, ended)
 
     def _end(self, work: int, ended: ev.Event) -> None:
         if work in self._running:

@@ -7,11 +7,12 @@ everything is looked at every so often (`run`) and at the end.
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from quorate_coordinator.simulation.disk import SimDisk
+from quorate_coordinator.simulation.disk import KEEP_S, SimDisk
+from quorate_coordinator.simulation.process import Process
 from quorate_coordinator.simulation.world import World
 from quorate_protocol.fields import Body
 
@@ -51,6 +52,10 @@ class OpenedFacts:
     quorum_fraction: float | None
     #: How often one agent may be asked.
     attempts: int = 1
+    #: Whether who asked has a key to it.
+    is_keyed: bool = True
+    #: Numbers of the operator's tries that wait for it.
+    waiters: frozenset[int] = frozenset()
 
     @property
     def needed(self) -> int:
@@ -94,6 +99,11 @@ class Auditor:
         #: By agent: its session, as long as it is not over.
         self._sessions: dict[str, str] = {}
         self._last_round = 0
+        #: By round in flight: tries of its operator that wait for it; and the rounds that nobody wants any more.
+        self._waiters: dict[int, set[int]] = {}
+        self._given_up: set[int] = set()
+        #: By key: the round that has answered it for good in this process.
+        self._settled: dict[str, int] = {}
         #: What each agent really answered, by round: (attempt, status, body).
         self._replies: dict[int, dict[str, list[tuple[int, str, Body | None]]]] = {}
         #: By session: round and attempt of what its agent has finished in it, in this order.
@@ -110,7 +120,8 @@ class Auditor:
         self._truths: dict[int, int] = {}
         #: Rounds whose truth this process has learned.
         self._learned: set[int] = set()
-        #: Moments of the coordinator's standing still: it cannot close a round then.
+        self._process: Process | None = None
+        #: Moments of the coordinator's standing still, on its own clock: it cannot close a round then.
         self.is_suspended = False
         self._suspended_s = 0.0
         self._suspended_at = 0.0
@@ -134,10 +145,25 @@ class Auditor:
         """The assignment goes out."""
         if facts.round <= self._last_round:
             self.fail("round numbers are used once", f"round {facts.round} was opened again", round=facts.round)
+        if facts.is_keyed:
+            self._check_key(facts)
         self._last_round = facts.round
         self._open[facts.round] = facts
+        self._waiters[facts.round] = {*facts.waiters}
         self._parts[facts.round] = {}
         heapq.heappush(self._deadlines, (facts.opened_at + facts.deadline_s, facts.round))
+
+    def _check_key(self, facts: OpenedFacts) -> None:
+        """A round opens under a key: there is no other that answers it."""
+        number, key = facts.round, facts.key
+        other = self._settled.get(key) or self._seen.get(key, (0,))[0]
+        if other:
+            message = f"round {number} opens for {key}, which round {other} has answered"
+            self.fail("one round for each key", message, round=number)
+        for one in self._open.values():
+            if one.is_keyed and one.key == key:
+                message = f"round {number} opens for {key}, and round {one.round} is in flight for it"
+                self.fail("one round for each key", message, round=number)
 
     def round_closed(self, facts: ClosedFacts) -> None:
         """The outcome stands."""
@@ -145,7 +171,14 @@ class Auditor:
         opened = self._open.pop(number, None)
         if opened is None:
             self.fail("a round closes once", f"round {number} closed as {facts.state}, and was not open", round=number)
-        now = self._world.now
+        waiters = self._waiters.pop(number)
+        if facts.state == "cancelled" and (waiters or number not in self._given_up):
+            message = f"round {number} is cancelled, and its operator has not given it up: tries {sorted(waiters)} wait"
+            self.fail("only its operator cancels a round", message, round=number)
+        self._given_up.discard(number)
+        if opened.is_keyed and facts.state not in ("cancelled", "interrupted"):
+            self._settled[facts.key] = number
+        now = self._now
         if now > opened.opened_at + opened.deadline_s + self._stood_still_since(opened.opened_at) + _SLACK_S:
             message = f"round {number} ended after {facts.duration_s:.3f} s, with a deadline of {opened.deadline_s:g} s"
             self.fail("rounds end by their deadline", message, round=number)
@@ -172,6 +205,9 @@ class Auditor:
         if (state == "complete") != (replied == len(opened.selected)) and state not in ("cancelled", "interrupted"):
             message = f"round {number} is {state} with {replied} replies of {len(opened.selected)} selected"
             self.fail("complete means everybody", message, round=number)
+        if state == "expired" and self._now + _SLACK_S < opened.opened_at + opened.deadline_s:
+            message = f"round {number} is expired after {facts.duration_s:.3f} s, {opened.deadline_s:g} s were its time"
+            self.fail("expired means after the deadline", message, round=number)
         if state in ("failed", "expired") and replied >= opened.needed:
             message = f"round {number} is {state} with {replied} replies, and {opened.needed} were needed"
             self.fail("quorum is seen when it is there", message, round=number)
@@ -201,17 +237,17 @@ class Auditor:
                 self.fail("unavailable means never asked", message, agent=agent, round=facts.round)
         if opened.attempts > 1:
             return  # what came first is not what counts
-        at_deadline = self._world.now >= opened.opened_at + opened.deadline_s
+        at_deadline = self._now + _SLACK_S >= opened.opened_at + opened.deadline_s
         for agent, status, _ in facts.results:
             if status == "unavailable":
                 continue
-            first, first_at = heard.get(agent, ("nothing", self._world.now))
+            first, first_at = heard.get(agent, ("nothing", self._now))
             # What comes in the very moment of the end may come after it: a coordinator that stood still finds that
             # grace was over long ago.
-            if (status == "lost") != (first == "lost") and (status == "lost" or first_at < self._world.now):
+            if (status == "lost") != (first == "lost") and (status == "lost" or first_at < self._now):
                 message = f"round {facts.round} has {agent} as {status}, and what came of it first was {first}"
                 self.fail("lost means lost", message, agent=agent, round=facts.round)
-            if status in ("late", "cancelled") and first_at < self._world.now:
+            if status in ("late", "cancelled") and first_at < self._now:
                 message = f"round {facts.round} has {agent} as {status}, and it was {first} before"
                 self.fail("an answer in time counts", message, agent=agent, round=facts.round)
             if status == "late" and not at_deadline:
@@ -221,12 +257,12 @@ class Auditor:
     def reply_received(self, agent: str, round_id: int) -> None:
         """The coordinator has an agent's answer, and has not looked at it."""
         opened = self._open.get(round_id)
-        if opened is not None and self._world.now < opened.opened_at + opened.deadline_s:
-            self._parts[round_id].setdefault(agent, ("answered", self._world.now))
+        if opened is not None and self._now < opened.opened_at + opened.deadline_s:
+            self._parts[round_id].setdefault(agent, ("answered", self._now))
 
     def late_offered(self, agent: str, round_id: int) -> None:
         """An answer is offered to whoever learns from late ones."""
-        now = self._world.now
+        now = self._now
         if (round_id, agent) in self._late:
             message = f"the late answer of {agent} in round {round_id} was offered again"
             self.fail("a late reply is offered once", message, agent=agent, round=round_id)
@@ -254,16 +290,16 @@ class Auditor:
             message = f"session {session} of {agent} is over, and was not its session"
             self.fail("a session ends before the next begins", message, agent=agent)
         for number, opened in self._open.items():
-            if agent in opened.selected and self._world.now < opened.opened_at + opened.deadline_s:
-                self._parts[number].setdefault(agent, ("lost", self._world.now))
+            if agent in opened.selected and self._now < opened.opened_at + opened.deadline_s:
+                self._parts[number].setdefault(agent, ("lost", self._now))
 
     def check(self) -> None:
         """After every event: no round in flight is past its deadline."""
         deadlines = self._deadlines
-        while deadlines and deadlines[0][0] < self._world.now and not self.is_suspended:
+        while deadlines and not self.is_suspended and deadlines[0][0] + _SLACK_S < self._now:
             deadline_at, number = heapq.heappop(deadlines)
             if number in self._open:
-                message = f"round {number} is open {self._world.now - deadline_at:.6f} s after its deadline"
+                message = f"round {number} is open {self._now - deadline_at:.6f} s after its deadline"
                 self.fail("rounds end by their deadline", message, round=number)
 
     @property
@@ -275,6 +311,12 @@ class Auditor:
         """The book has as many rounds in flight as were opened and not closed."""
         if count != len(self._open):
             self.fail("every round is in the book", f"{count} are in flight, and {sorted(self._open)} were opened")
+
+    def check_waiting(self, agent: str, count: int) -> None:
+        """An agent is gone: so many rounds wait for it still, and may where they would ask it again."""
+        again = sum(opened.attempts > 1 and agent in opened.selected for opened in self._open.values())
+        if count > again:
+            self.fail("no round waits for who is gone", f"{count} rounds wait for {agent}, which is gone", agent=agent)
 
     def assigned(self, round_id: int, agents: Iterable[str], attempt: int) -> None:
         """The assignment goes to these agents."""
@@ -289,6 +331,29 @@ class Auditor:
                 message = f"round {round_id} asks {agent}, which was not selected"
                 self.fail("only the selected are asked", message, agent=agent, round=round_id)
             self._assigned.setdefault(round_id, set()).add(agent)
+
+    # --- operators ---
+
+    def operator_joined(self, round_id: int, number: int) -> None:
+        """One more try of an operator waits for a round, which was found by its key."""
+        if round_id in self._waiters:
+            self._waiters[round_id].add(number)
+
+    def operator_leaves(self, key: str, number: int, *, withdraws: bool) -> None:
+        """The coordinator hears that a try is over, and has not done anything yet."""
+        for round_id, opened in self._open.items():
+            waiters = self._waiters[round_id]
+            if opened.key == key and number in waiters:
+                waiters.discard(number)
+                if not waiters and (withdraws or not opened.is_keyed):
+                    self._given_up.add(round_id)
+
+    def operator_left(self, key: str) -> None:
+        """It has done what it does then: what nobody waits for and nobody can find again is over."""
+        for round_id in self._given_up:
+            if round_id in self._open and self._open[round_id].key == key:
+                message = f"round {round_id} goes on for {key}, which has given it up"
+                self.fail("who has left is not waited for", message, round=round_id)
 
     # --- agents ---
 
@@ -355,26 +420,53 @@ class Auditor:
             message = f"{agent} got the {kind} of round {round_id} in {session}, and another was due"
             self.fail("what is kept comes once and in order", message, agent=agent, round=round_id)
 
-    def agent_expired(self, agent: str, heard_at: float, lease_s: float) -> None:
-        """The registry says that an agent's lease is over."""
-        silent_s = self._world.now - heard_at
+    def agent_expired(self, agent: str, silent_s: float, lease_s: float) -> None:
+        """The registry says that an agent's lease is over, after so much silence on the coordinator's clock."""
         if silent_s + _SLACK_S < lease_s:
             message = f"{agent} was declared lost after {silent_s:.2f} s of silence, with a lease of {lease_s:g} s"
             self.fail("who was heard is not lost", message, agent=agent)
 
     # --- what is durable ---
 
-    def announced(self, key: str, round_id: int, digest: str, record: int) -> None:
-        """An operator is told an outcome."""
-        if record > self._disk.durable:
+    def check_announced(self, durable: int, held: int) -> None:
+        """So much is durable, and what waited for it was told: there is a reason for each that is held still."""
+        if held and durable >= len(self._disk.records):
+            message = f"{held} announcements are held, and all {durable} records are durable"
+            self.fail("what is durable is announced", message)
+
+    def pruned(self, rounds: frozenset[int], awaiting: Collection[int], now_s: float) -> None:
+        """The disk has let go of these rounds, by this time of day; of others the truth may come."""
+        if not rounds:
+            return
+        last_at: dict[int, float] = {}
+        for record, made_at in zip(self._disk.records, self._disk.made_at, strict=True):
+            if record.round in rounds:
+                last_at[record.round] = max(made_at, last_at.get(record.round, 0.0))
+        for round_id in sorted(rounds):
+            age_s = now_s - last_at[round_id]
+            if round_id in self._open or round_id in awaiting:
+                what = "in flight" if round_id in self._open else "waiting for its truth"
+                self.fail("nothing in use is pruned", f"round {round_id} is {what}, and pruned", round=round_id)
+            if age_s < KEEP_S:
+                message = f"round {round_id} was pruned {age_s:.1f} s after its last record, and is kept {KEEP_S:g} s"
+                self.fail("nothing young is pruned", message, round=round_id)
+        # Told again while a process remembers them, and forgotten with it.
+        self._seen = {key: seen for key, seen in self._seen.items() if seen[0] not in rounds}
+
+    def announced(self, key: str | None, round_id: int, digest: str, record: int | None) -> None:
+        """An operator is told an outcome; under a key, it may ask for it again, and `record` is None then."""
+        if record is not None and record > self._disk.durable:
             message = f"round {round_id} was announced with record {record}, and {self._disk.durable} are durable"
             self.fail("announced is durable", message, round=round_id)
+        self.announcements += 1
+        if key is None:
+            return
         known = self._seen.get(key)
-        if known is not None and known != (round_id, digest, record):
+        if known is not None and known[:2] != (round_id, digest):
             message = f"{key} was told round {known[0]} first, and is now told round {round_id} ({known[1]}, {digest})"
             self.fail("the same call has the same outcome", message, round=round_id)
-        self._seen[key] = round_id, digest, record
-        self.announcements += 1
+        if record is not None:
+            self._seen[key] = round_id, digest, record
 
     def truth_learned(self, round_id: int) -> None:
         """A truth goes to the learner."""
@@ -391,17 +483,26 @@ class Auditor:
 
     # --- the coordinator's life ---
 
+    @property
+    def _now(self) -> float:
+        """The coordinator's monotonic clock; the world's where there is no coordinator."""
+        return self._world.now if self._process is None else self._process.now
+
+    def coordinator_started(self, process: Process) -> None:
+        """A process, whose clock the rounds go by from now on."""
+        self._process = process
+
     def suspended(self) -> None:
         """The coordinator stands still."""
         if not self.is_suspended:
             self.is_suspended = True
-            self._suspended_at = self._world.now
+            self._suspended_at = self._now
 
     def resumed(self) -> None:
         """It goes on, and has not done anything yet."""
         if self.is_suspended:
             self.is_suspended = False
-            self._suspended_s = self._world.now - self._suspended_at
+            self._suspended_s = self._now - self._suspended_at
 
     def _stood_still_since(self, moment: float) -> float:
         return self._suspended_s if moment <= self._suspended_at + self._suspended_s else 0.0
@@ -409,11 +510,16 @@ class Auditor:
     def coordinator_died(self) -> None:
         """What was in flight is gone with it, and so is what it had learned and not made durable."""
         self._open.clear()
+        self._waiters.clear()
+        self._given_up.clear()
+        self._settled.clear()
         self._parts.clear()
         self._assigned.clear()
         self._sessions.clear()
         self._deadlines.clear()
-        self.resumed()
+        self.is_suspended = False
+        self._suspended_s = self._suspended_at = 0.0
+        self._process = None
         self._learned = {number for number in self._learned if number in self._truths}
         durable = self._disk.durable
         for key, (round_id, _, record) in self._seen.items():

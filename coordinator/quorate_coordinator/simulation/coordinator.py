@@ -6,25 +6,32 @@ from dataclasses import dataclass
 from typing import Final
 
 from quorate_agent.core import AgentCore
+from quorate_coordinator.idempotency import Keys
 from quorate_coordinator.journal.records import RoundClosed, TruthTold
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.ledger import Ledger
 from quorate_coordinator.registry import Registry
 from quorate_coordinator.rounds.book import RoundBook
-from quorate_coordinator.simulation.agents import AgentProcess, MakeAgentCore
+from quorate_coordinator.simulation.agents import CLOCK_S, AgentProcess, MakeAgentCore
 from quorate_coordinator.simulation.auditor import Auditor
-from quorate_coordinator.simulation.disk import SimDisk
+from quorate_coordinator.simulation.disk import MakeLearner, SimDisk
 from quorate_coordinator.simulation.draws import Draws
 from quorate_coordinator.simulation.members import LEASE_S, MakeRegistry, Members
 from quorate_coordinator.simulation.network import Link, Sent, StreamName
 from quorate_coordinator.simulation.process import Process
-from quorate_coordinator.simulation.rounds import MakeBook, MakeLearner, MakeLedger, Rounds
+from quorate_coordinator.simulation.rounds import MakeBook, MakeKeys, MakeLedger, Rounds
 from quorate_coordinator.simulation.world import World
 from quorate_protocol.messages import Hello
 
 #: Seconds that rounds in flight have when the coordinator drains, and that its goodbye has.
 _DRAIN_S: Final = 15.0
 _GOODBYE_S: Final = 1.0
+
+#: Seconds for which a crash that is meant for a commit waits for one.
+_COMMIT_PATIENCE_S: Final = 10.0
+
+#: Seconds between two looks for what is too old.
+_PRUNE_EVERY_S: Final = 20.0
 
 
 #: Ceilings of the learner, low enough that it forgets all the time: what it forgets depends on the order of last use,
@@ -48,6 +55,7 @@ class Cores:
     agent: MakeAgentCore = AgentCore
     learner: MakeLearner = make_learner
     ledger: MakeLedger = Ledger
+    keys: MakeKeys = Keys
 
 
 class CoordinatorProcess:
@@ -56,7 +64,7 @@ class CoordinatorProcess:
     def __init__(self, host: "CoordinatorHost", number: int) -> None:
         cores = host.cores
         self.host = host
-        self.process: Final = Process(host.world)
+        self.process: Final = Process(host.world, clock_s=host.draw_clock())
         self.rounds: Final = Rounds(
             self.process,
             host.disk,
@@ -64,6 +72,7 @@ class CoordinatorProcess:
             make_book=cores.book,
             make_learner=cores.learner,
             make_ledger=cores.ledger,
+            make_keys=cores.keys,
         )
         self.members: Final = Members(
             self.process,
@@ -77,6 +86,11 @@ class CoordinatorProcess:
         self.rounds.fleet = self.members
         self.rounds.recover()
         self.is_draining = False
+        self.process.after(_PRUNE_EVERY_S, self._prune)
+
+    def _prune(self) -> None:
+        self.rounds.prune()
+        self.process.after(_PRUNE_EVERY_S, self._prune)
 
     def receive(self, link: Link, stream: StreamName, message: Sent) -> None:
         """What an agent says."""
@@ -115,6 +129,7 @@ class CoordinatorHost:
         self.cores: Final = cores
         self.current: CoordinatorProcess | None = None
         self._random = world.stream("coordinator")
+        self._clocks = world.stream("clock coordinator")
         self._starts = 0
         self._strays: Counter[str] = Counter()
         self._downs = 0
@@ -122,6 +137,8 @@ class CoordinatorHost:
         self._shadow = Ledger(make_learner(None))
         self._shadow_count = 0
         self._shadow_closed: dict[int, RoundClosed] = {}
+        disk.on_checkpoint = self._check_checkpoint
+        disk.on_loss = lambda problem: auditor.fail("the journal is what was recorded", problem)
         #: Operators that wait for it to be there, or mind that it is gone.
         self.on_died: list[Callable[[], None]] = []
 
@@ -131,20 +148,29 @@ class CoordinatorHost:
             return
         self._starts += 1
         self.current = CoordinatorProcess(self, self._starts)
+        self.auditor.coordinator_started(self.current.process)
         self.world.note(f"coordinator starts, {self.disk.durable} records durable")
         rounds = self.current.rounds
         self.auditor.restarted(rounds.ledger.learner.snapshot(), self.replay(), rounds.find_round)
 
     def replay(self) -> bytes:
         """The snapshot of a learner that has lived through the durable records."""
-        for record in self.disk.records[self._shadow_count : self.disk.durable]:
+        return self._replay_to(self.disk.durable)
+
+    def _check_checkpoint(self, covered: int, snapshot: bytes) -> None:
+        """A checkpoint has become durable."""
+        if self._shadow_count <= covered:
+            self.auditor.check_learner(snapshot, self._replay_to(covered))
+
+    def _replay_to(self, last: int) -> bytes:
+        for record in self.disk.records[self._shadow_count : last]:
             if isinstance(record, RoundClosed):
                 self._shadow_closed[record.round] = record
             if isinstance(record, TruthTold):
                 self._shadow.replay_truth(self._shadow_closed[record.round], record)
             else:
                 self._shadow.replay(record)
-        self._shadow_count = self.disk.durable
+        self._shadow_count = max(self._shadow_count, last)
         return self._shadow.learner.snapshot()
 
     def check_learner(self) -> None:
@@ -152,8 +178,20 @@ class CoordinatorHost:
         if self.current is not None and self.disk.durable == len(self.disk.records):
             self.auditor.check_learner(self.current.rounds.ledger.learner.snapshot(), self.replay())
 
-    def crash(self, down_s: float) -> None:
-        """kill -9, or the power."""
+    def crash(self, down_s: float, *, in_commit: bool) -> None:
+        """kill -9, or the power; with `in_commit` the next time that something is being written, or soon without."""
+        if not in_commit:
+            self._crash(down_s)
+        elif self.disk.in_commit is None:
+            self.disk.in_commit = lambda: self._crash(down_s)
+            self.world.after(_COMMIT_PATIENCE_S, self._crash_without, self.disk.in_commit)
+
+    def _crash_without(self, crash: Callable[[], None]) -> None:
+        if self.disk.in_commit is crash:
+            self.disk.in_commit = None
+            crash()
+
+    def _crash(self, down_s: float) -> None:
         if self.current is not None:
             self.check_learner()
             self._gone(self.current)
@@ -191,8 +229,12 @@ class CoordinatorHost:
         self._downs -= 1
         self.start()
 
-    def suspend(self, duration_s: float) -> None:
-        """SIGSTOP, and SIGCONT after a while."""
+    def draw_clock(self) -> float:
+        """What the monotonic clock of a process that starts shows. The machine was switched on anew, as like as not."""
+        return self._clocks.uniform(*CLOCK_S)
+
+    def suspend(self, duration_s: float, *, with_clock: bool) -> None:
+        """SIGSTOP, and SIGCONT after a while; or the whole machine sleeps, `with_clock`."""
         current = self.current
         if current is not None and current.process.is_running:
             for link in current.members.all_links():
@@ -202,12 +244,14 @@ class CoordinatorHost:
             for link in current.members.all_links():
                 link.update()
             self.world.note(f"coordinator is suspended for {duration_s:.1f} s")
-            self.world.after(duration_s, self._resume, current)
+            self.world.after(duration_s, self._resume, current, duration_s if with_clock else 0.0)
 
-    def _resume(self, process: CoordinatorProcess) -> None:
+    def _resume(self, process: CoordinatorProcess, pause_s: float) -> None:
         if process is not self.current:
             return
         self.world.note("coordinator goes on")
+        if pause_s:
+            process.process.set_back(pause_s)
         self.auditor.resumed()
         process.process.resume(timers_first=self._random.random() < 0.5)
         for link in process.members.all_links():

@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from quorate_coordinator.simulation.agents import AgentHost
 from quorate_coordinator.simulation.coordinator import CoordinatorHost
 from quorate_coordinator.simulation.network import Path
+from quorate_coordinator.simulation.operators import Operators
 from quorate_coordinator.simulation.plan import Fault
+from quorate_coordinator.simulation.process import Process
 from quorate_coordinator.simulation.world import START_S, World
 
 #: Stands for the coordinator among a fault's targets.
@@ -17,10 +20,13 @@ COORDINATOR: Final = -1
 class Faults:
     """Does to a world what a plan says. Faults of one kind may overlap: each is undone by itself."""
 
-    def __init__(self, world: World, hosts: list[AgentHost], coordinator: CoordinatorHost) -> None:
+    def __init__(
+        self, world: World, hosts: list[AgentHost], coordinator: CoordinatorHost, operators: Operators
+    ) -> None:
         self._world = world
         self._hosts = hosts
         self._coordinator = coordinator
+        self._operators = operators
         #: How many were carried out, by kind.
         self.counts: Counter[str] = Counter()
 
@@ -34,7 +40,8 @@ class Faults:
 
     def _begin(self, fault: Fault) -> None:
         self.counts[fault.kind] += 1
-        who = "coordinator" if COORDINATOR in fault.targets else f"{len(fault.targets)} agents"
+        of = "operators" if fault.kind == "operator-break" else "agents"
+        who = "coordinator" if COORDINATOR in fault.targets else f"{len(fault.targets)} {of}"
         self._world.note(f"fault {fault.kind} {who} for {fault.duration_s:.1f} s {fault.detail or ''}")
         _BEGIN[fault.kind](self, fault)
 
@@ -120,7 +127,7 @@ class Faults:
             host.hangs_until = max(host.hangs_until, self._world.now + fault.duration_s)
 
     def _crash_coordinator(self, fault: Fault) -> None:
-        self._coordinator.crash(fault.duration_s)
+        self._coordinator.crash(fault.duration_s, in_commit=bool(fault.detail["commit"]))
 
     def _fill_disk(self, fault: Fault) -> None:
         self._coordinator.disk.full += 1
@@ -130,23 +137,41 @@ class Faults:
         self._coordinator.disk.full -= 1
 
     def _suspend(self, fault: Fault) -> None:
+        with_clock = bool(fault.detail["clock"])
+        hosts = self._targets(fault)
+        if with_clock:
+            # A machine that sleeps hears nothing either.
+            cut = self._hosts if COORDINATOR in fault.targets else hosts
+            self._cut(replace(fault, targets=tuple(host.number for host in cut)), 1, 1)
         if COORDINATOR in fault.targets:
-            self._coordinator.suspend(fault.duration_s)
-        for host in self._targets(fault):
+            self._coordinator.suspend(fault.duration_s, with_clock=with_clock)
+        for host in hosts:
             if host.process is not None and host.process.process.is_running:
                 process = host.process.process
                 host.path.freeze()
                 process.suspend()
                 host.path.update()
                 self._world.note(f"{host.name} is suspended for {fault.duration_s:.1f} s")
-                self._world.after(fault.duration_s, self._resume_agent, host, process, bool(fault.detail["timers"]))
+                self._world.after(fault.duration_s, self._resume_agent, host, process, fault)
 
-    def _resume_agent(self, host: AgentHost, process: object, timers_first: bool) -> None:
+    def _resume_agent(self, host: AgentHost, process: Process, fault: Fault) -> None:
         if host.process is not None and host.process.process is process:
             self._world.note(f"{host.name} goes on")
-            host.process.process.resume(timers_first=timers_first)
+            if fault.detail["clock"]:
+                process.set_back(fault.duration_s)
+            process.resume(timers_first=bool(fault.detail["timers"]))
             host.path.freeze()
             host.path.update()
+
+    def _jump(self, fault: Fault) -> None:
+        """The time of day is another one; it stays so, until somebody sets it again."""
+        self._world.wall.jump(float(fault.detail["by_s"]))
+
+    # --- operators ---
+
+    def _break_operators(self, fault: Fault) -> None:
+        for number in fault.targets:
+            self._operators.link_broke(number, fault.duration_s)
 
     def _drain(self, fault: Fault) -> None:
         if COORDINATOR in fault.targets and self._coordinator.current is not None:
@@ -170,8 +195,10 @@ _BEGIN: Final[dict[str, Callable[[Faults, Fault], None]]] = {
     "agent-hang": Faults._hang_agents,
     "coordinator-crash": Faults._crash_coordinator,
     "disk-full": Faults._fill_disk,
-    "clock-jump": Faults._suspend,
+    "suspend": Faults._suspend,
+    "clock-jump": Faults._jump,
     "drain": Faults._drain,
     "burst": Faults._burst,
     "link-break": Faults._break_links,
+    "operator-break": Faults._break_operators,
 }

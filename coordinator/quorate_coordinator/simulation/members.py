@@ -282,9 +282,24 @@ class Members:
     # --- the registry ---
 
     def _handle(self, event: ms.Event) -> None:
-        for instruction in self.registry.handle(event, self._world.now):
+        instructions = self.registry.handle(event, self._process.now)
+        for instruction in instructions:
             self._carry_out(instruction)
+        if instructions:
+            self._check(instructions)
         self._arm()
+
+    def _check(self, instructions: list[ms.Instruction]) -> None:
+        """After an event: as many members as there are sessions, and what the registry says of those it was about."""
+        counts = self.registry.counts()
+        live = counts["connected"] + counts["suspect"] + counts["draining"]
+        if live != len(self._members):
+            self._auditor.fail("the registry counts right", f"{counts} counted, {len(self._members)} have a session")
+        for agent in {instruction.agent: None for instruction in instructions}:
+            member, session = self._members.get(agent), self.registry.session_of(agent)
+            if session != (None if member is None else member.name):
+                message = f"the registry has {agent} in {session}, and its session is {member}"
+                self._auditor.fail("members have links", message, agent=agent)
 
     def _carry_out(self, instruction: ms.Instruction) -> None:
         match instruction:
@@ -330,7 +345,8 @@ class Members:
         if link is None or self.links.get(agent) is not link:
             return
         if reason.startswith("not heard"):
-            self._auditor.agent_expired(agent, link.heard_by_coordinator(self._read_until), LEASE_S)
+            heard_at = self._process.clock_at(link.heard_by_coordinator(self._read_until))
+            self._auditor.agent_expired(agent, self._process.now - heard_at, LEASE_S)
         self._forget(link)
         link.close_down(f"session is over: {reason}")
 
@@ -352,10 +368,10 @@ class Members:
         if at != self._timer_at:
             return  # an earlier one was set since
         self._timer_at = math.inf
-        links, read_until = self.links, self._read_until
+        links, read_until, clock_at = self.links, self._read_until, self._process.clock_at
         heard = {
-            agent: links[agent].heard_by_coordinator(read_until)
-            for agent in self.registry.lease_due(self._world.now)
+            agent: clock_at(links[agent].heard_by_coordinator(read_until))
+            for agent in self.registry.lease_due(self._process.now)
             if agent in links
         }
         self._handle(ms.LeaseChecked(heard))

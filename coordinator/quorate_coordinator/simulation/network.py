@@ -363,7 +363,7 @@ class Link:
         coordinator_hears = self.coordinator_is_open and self.coordinator.process.is_running
         self._down_since = now if goes_up and not path.cuts_down and coordinator_hears else None
         if (self._down_since is None or path.loss) and self.agent_is_open and not self._is_watched:
-            self._watch(now)
+            self._watch()
         if self._held:
             self._release()
 
@@ -378,23 +378,24 @@ class Link:
             else:
                 self._put(is_up, stream, message, delays_s[is_up])
 
-    def _watch(self, now: float) -> None:
+    def _watch(self) -> None:
         """The agent minds the silence: it looks at every pulse, this where there may be something to see."""
         self._is_watched = True
-        due_at = max(now, self._agent_heard_at + self.lease_s)
+        process = self.agent.process
+        due_at = max(process.now, process.clock_at(self._agent_heard_at) + self.lease_s)
         due_at += self.path.random.uniform(0.0, self.pulse_s)
-        self.agent.process.at(due_at, self._look, due_at)
+        process.at(due_at, self._look, due_at)
 
     def _look(self, due_at: float) -> None:
         self._is_watched = False
         if not self.agent_is_open:
             return
-        now = self.world.now
-        silent_s = now - self.heard_by_agent(now)
-        if silent_s > self.lease_s and now - due_at < self.pulse_s:
+        process, now = self.agent.process, self.world.now
+        silent_s = process.now - process.clock_at(self.heard_by_agent(now))
+        if silent_s > self.lease_s and process.now - due_at < self.pulse_s:
             self.agent.link_closed(self, f"nothing heard from the coordinator for {silent_s:.1f} s", False)
         elif self._down_since is None or self.path.loss or silent_s > self.lease_s:
-            self._watch(now)
+            self._watch()
 
 
 def _is_lost(fate: int, number: int, loss: float) -> bool:

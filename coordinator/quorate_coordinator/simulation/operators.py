@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Final
 
 from quorate_coordinator.simulation.coordinator import CoordinatorHost
-from quorate_coordinator.simulation.plan import CallPlan, RevealPlan
+from quorate_coordinator.simulation.plan import CallPlan, RevealPlan, operator_of
 from quorate_coordinator.simulation.rounds import Told
 from quorate_coordinator.simulation.tasks import ANSWERS
 from quorate_coordinator.simulation.world import START_S, World
@@ -48,6 +48,12 @@ class Operators:
         for call in list(self.calls.values()):
             call.link_broke()
 
+    def link_broke(self, operator: int, heard_after_s: float) -> None:
+        """An operator's connection breaks with all that waits on it; the coordinator hears of that after a while."""
+        for call in list(self.calls.values()):
+            if operator_of(call.plan.key) == operator:
+                call.link_broke(heard_after_s)
+
     def over(self, call: "Call", how: str) -> None:
         """A call has ended; what is still to be told of it goes on by itself."""
         self.ended[how] += 1
@@ -77,17 +83,26 @@ class Call:
         if self._tries == 1 and self.plan.cancel_after_s is not None:
             self.world.after(self.plan.cancel_after_s, self._leave)
 
-    def link_broke(self) -> None:
-        """The coordinator is gone: whether the round was taken is not known, so it is asked for again."""
-        if not self.is_over and self._waits_for:
-            self._again("the link broke")
+    def link_broke(self, heard_after_s: float | None = None) -> None:
+        """Whether the round was taken is not known, so it is asked for again.
+
+        Args:
+            heard_after_s: Seconds until the coordinator hears of it; None when it is the coordinator that is gone.
+        """
+        number = self._waits_for
+        if self.is_over or not number:
+            return
+        self.world.note(f"{self.plan.key} loses its link")
+        if heard_after_s is not None:
+            self.world.after(heard_after_s, self._send, self._left, number, False)
+        self._again("the link broke")
 
     def _arrives(self, number: int) -> None:
         current = self.operators.host.current
         if current is None:
             self._back(number, Told(0, "", error="unreachable", retry=True))
         else:
-            current.rounds.ask(self.plan, self.truth, lambda told: self._back(number, told))
+            current.rounds.ask(self.plan, self.truth, number, lambda told: self._back(number, told))
 
     def _back(self, number: int, told: Told) -> None:
         self.world.after(self.random.uniform(*_WAY_S), self._answered, number, told)
@@ -122,13 +137,16 @@ class Call:
 
     def _leave(self) -> None:
         if not self.is_over:
+            number = self._waits_for
             self._finish("left")
-            self._send(self._left)
+            if number:
+                self._send(self._left, number, True)
 
-    def _left(self) -> None:
+    def _left(self, number: int, withdraws: bool) -> None:
+        """The coordinator hears that a try is over."""
         current = self.operators.host.current
         if current is not None:
-            current.rounds.withdraw(self.plan.key)
+            current.rounds.leave(self.plan, number, withdraws=withdraws)
 
     def _finish(self, how: str) -> None:
         self.is_over = True

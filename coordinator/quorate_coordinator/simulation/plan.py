@@ -16,14 +16,16 @@ FAULT_KINDS: Final = (
     "agent-hang",
     "coordinator-crash",
     "disk-full",
+    "suspend",
     "clock-jump",
     "drain",
     "burst",
     "link-break",
+    "operator-break",
 )
 
 #: Of the JSON; a plan of another is refused.
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Fault:
     kind: str
     #: How long it lasts, in seconds.
     duration_s: float
-    #: Agents by number; -1 is the coordinator.
+    #: Agents by number, operators with `operator-break`; -1 is the coordinator.
     targets: tuple[int, ...]
     #: What the kind wants to know beside.
     detail: dict[str, Any] = field(default_factory=dict)
@@ -68,9 +70,20 @@ class CallPlan:
     deadline_s: float | None = None
     attempts: int | None = None
     count: int | None = None
-    #: Seconds until the operator leaves; None when it waits.
+    #: Whether the operator gives the round a key, under which it finds it again.
+    keyed: bool = True
+    #: Seconds until the operator withdraws the call; None when it waits.
     cancel_after_s: float | None = None
     reveal: RevealPlan | None = None
+
+
+#: Operators that make a plan's calls, each over one connection.
+OPERATORS: Final = 3
+
+
+def operator_of(key: str) -> int:
+    """The number of the operator that makes a call."""
+    return key.encode()[-1] % OPERATORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +95,8 @@ class Plan:
     hours: float
     calls: tuple[CallPlan, ...]
     faults: tuple[Fault, ...]
+    #: `journal` is SQLite's file, `model` a list of records. It stays when the fleet is made smaller.
+    disk: str = "journal"
 
     @property
     def size(self) -> int:

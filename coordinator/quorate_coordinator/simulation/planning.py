@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from quorate_coordinator.simulation.faults import COORDINATOR
-from quorate_coordinator.simulation.plan import FAULT_KINDS, CallPlan, Fault, Plan, RevealPlan
+from quorate_coordinator.simulation.plan import FAULT_KINDS, OPERATORS, CallPlan, Fault, Plan, RevealPlan
 from quorate_coordinator.simulation.tasks import EVERYBODY, middle_tasks, small_tasks
 from quorate_protocol.errors import ConfigurationError
 
@@ -28,6 +28,9 @@ _STORMS_AN_HOUR: Final = 12
 _STORM_SHARE: Final = 0.5
 _STORM_S: Final = 15.0
 
+#: Agents with which the disk is the real journal; more have a model of it, which is faster.
+_JOURNAL_AGENTS_MAX: Final = 100
+
 #: Faults of each kind in an hour, and one more for so many agent-hours, where it hits agents. Bursts and crashes of the
 #: coordinator hit everybody, so that there are few.
 _AN_HOUR: Final[dict[str, float]] = {
@@ -39,10 +42,12 @@ _AN_HOUR: Final[dict[str, float]] = {
     "agent-hang": 15.0,
     "coordinator-crash": 8.0,
     "disk-full": 5.0,
+    "suspend": 12.0,
     "clock-jump": 12.0,
     "drain": 8.0,
     "burst": 4.0,
     "link-break": 20.0,
+    "operator-break": 60.0,
 }
 
 
@@ -89,12 +94,15 @@ def make_plan(seed: int, *, agents: int, hours: float, kinds: Iterable[str] = FA
     for number, fault in enumerate(fault for fault in faults if fault.kind == "burst"):
         calls += _make_burst(seed, number, fault, agents)
     calls = [_reveal_in_time(call, busy_s) for call in calls]
+    draw = _stream(seed, "plan operator-break moments")
+    faults = [_break_while_waiting(fault, draw, calls, busy_s) for fault in faults]
     return Plan(
         seed=seed,
         agents=agents,
         hours=hours,
         calls=tuple(sorted(calls, key=lambda call: call.at_s)),
         faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
+        disk="journal" if agents <= _JOURNAL_AGENTS_MAX else "model",
     )
 
 
@@ -149,9 +157,23 @@ def _link_break(draw: random.Random, agents: int) -> _Shape:
 
 
 def _suspension(draw: random.Random, agents: int) -> _Shape:
+    # A process alone, whose clock goes on; or its machine, whose clock stands still with it and which hears nothing.
     duration_s = draw.choice((draw.uniform(0.05, 3.0), draw.uniform(3.0, 12.0), draw.uniform(12.0, 60.0)))
     targets = (COORDINATOR,) if draw.random() < 0.5 else _some(draw, agents)
-    return duration_s, targets, {"timers": draw.random() < 0.5}
+    return duration_s, targets, {"timers": draw.random() < 0.5, "clock": draw.random() < 0.4}
+
+
+def _clock_jump(draw: random.Random, agents: int) -> _Shape:
+    # By minutes, days or years.
+    by_s = draw.choice((60.0, 86_400.0, 3e7)) * draw.uniform(0.5, 5.0) * draw.choice((1.0, -1.0))
+    return 0.0, (COORDINATOR,), {"by_s": round(by_s, 3)}
+
+
+def _operator_break(draw: random.Random, agents: int) -> _Shape:
+    # The coordinator hears of it at once, or when its own patience is over.
+    heard_after_s = draw.choice((0.0, draw.uniform(0.01, 1.0), draw.uniform(1.0, 20.0)))
+    who = tuple(range(OPERATORS)) if draw.random() < 0.4 else (draw.randrange(OPERATORS),)
+    return heard_after_s, who, {}
 
 
 def _drain(draw: random.Random, agents: int) -> _Shape:
@@ -182,14 +204,24 @@ _SHAPES: Final[dict[str, Callable[[random.Random, int], _Shape]]] = {
     "coordinator-crash": lambda draw, agents: (
         draw.choice((0.2, 2.0, 20.0)) * draw.uniform(0.5, 2.0),
         (COORDINATOR,),
-        {},
+        {"commit": draw.random() < 0.7},
     ),
     "disk-full": lambda draw, agents: (draw.uniform(1.0, 90.0), (COORDINATOR,), {}),
-    "clock-jump": _suspension,
+    "suspend": _suspension,
+    "clock-jump": _clock_jump,
+    "operator-break": _operator_break,
     "drain": _drain,
     "link-break": _link_break,
     "burst": lambda draw, agents: (draw.uniform(0.05, 5.0), (COORDINATOR,), {"calls": draw.randint(30, 150)}),
 }  # fmt: skip
+
+
+def _break_while_waiting(fault: Fault, draw: random.Random, calls: list[CallPlan], busy_s: float) -> Fault:
+    """An operator's connection that breaks when nobody waits on it shows nothing: most of the time, somebody does."""
+    if fault.kind != "operator-break" or draw.random() < 0.2:
+        return fault
+    at_s = draw.choice(calls).at_s + draw.choice((0.02, 0.2, 2.0)) * draw.uniform(0.1, 1.5)
+    return replace(fault, at_s=round(min(at_s, busy_s - fault.duration_s), 3))
 
 
 # --- calls ---
@@ -252,6 +284,7 @@ def _make_call(draw: random.Random, key: str, at_s: float, agents: int) -> CallP
         deadline_s=deadline_s,
         attempts=draw.choice((None, None, None, 2, 3)),
         count=draw.choice((None, None, None, None, 3)),
+        keyed=draw.random() < 0.75,
         cancel_after_s=cancel_after_s,
         reveal=reveal,
     )

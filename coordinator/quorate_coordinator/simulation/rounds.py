@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import Final, Protocol
 
 from quorate_coordinator.idempotency import Keys, digest_of, is_final
-from quorate_coordinator.journal.records import Record, RoundClosed, RoundOpened, TruthTold
+from quorate_coordinator.journal.records import Record, RoundClosed
 from quorate_coordinator.learner.api import Learner
 from quorate_coordinator.ledger import Announcement, Ledger, Question, book_outcome_of, interrupt, outcome_of
 from quorate_coordinator.planning import Candidates, Planner
@@ -21,9 +21,9 @@ from quorate_coordinator.rounds import instructions as ri
 from quorate_coordinator.rounds.book import BookLimits, RoundBook
 from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_coordinator.simulation.auditor import Auditor, ClosedFacts, OpenedFacts
-from quorate_coordinator.simulation.disk import SimDisk
+from quorate_coordinator.simulation.disk import MakeLearner, SimDisk
 from quorate_coordinator.simulation.draws import fate_of
-from quorate_coordinator.simulation.plan import CallPlan
+from quorate_coordinator.simulation.plan import CallPlan, operator_of
 from quorate_coordinator.simulation.process import Process
 from quorate_protocol.errors import CallFailed
 from quorate_protocol.messages import (
@@ -39,8 +39,8 @@ from quorate_protocol.messages import (
 )
 
 MakeBook = Callable[..., RoundBook]
-MakeLearner = Callable[[bytes | None], Learner]
 MakeLedger = Callable[[Learner], Ledger]
+MakeKeys = Callable[[], Keys]
 
 #: What an ask gets that does not say.
 POLICY: Final = RoundPolicy(deadline_s=10.0, grace_s=0.25, quorum_fraction=0.5)
@@ -60,9 +60,6 @@ _BLOCK: Final = 1000
 
 #: Rounds between two checkpoints: few, so that most replays begin at one.
 _CHECKPOINT_ROUNDS: Final = 8
-
-#: Operators that the calls are of.
-_OPERATORS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +85,12 @@ class Asked:
 
     call: CallPlan
     question: Question
-    #: Who waits for it.
-    answers: "list[Answer]"
+    #: Who waits for it, by the number of the operator's try.
+    answers: "dict[int, Answer]"
     #: 0 until it is open.
     round: int = 0
+    #: Of the record of its end; 0 until then.
+    record: int = 0
 
 
 class FleetFace(Protocol):
@@ -119,6 +118,7 @@ class Rounds:
         make_book: MakeBook,
         make_learner: MakeLearner,
         make_ledger: MakeLedger,
+        make_keys: MakeKeys,
     ) -> None:
         self._process = process
         self._world = process.world
@@ -128,14 +128,11 @@ class Rounds:
         first = disk.free_round
         disk.free_round += _BLOCK
         self.book: Final = make_book(LIMITS, first_round=first)
-        covered, snapshot = disk.checkpoint or (0, None)
-        self._covered = covered
-        self.ledger: Final = make_ledger(make_learner(snapshot))
+        self._recovered = disk.recover(make_learner, LIMITS.remembered_max)
+        self.ledger: Final = make_ledger(self._recovered.ledger.learner)
+        self.ledger.recalled(self._recovered.awaiting)
         self._planner: Final = Planner(self.book, self.ledger.learner, POLICY, lambda agent, size_bytes: False)
-        self._keys: Final = Keys()
-        #: By key: the last round that was closed under it, and its record's number.
-        self._closed_under: dict[str, tuple[int, RoundClosed]] = {}
-        self._closed_by_round: dict[int, RoundClosed] = {}
+        self._keys: Final = make_keys()
         self._rounds_since_checkpoint = 0
         self._problem = ""
         disk.open(
@@ -152,49 +149,33 @@ class Rounds:
         self.strays: Counter[str] = Counter()
 
     def recover(self) -> None:
-        """Lives through what is durable, and takes up what an earlier process left."""
-        opened: dict[int, RoundOpened] = {}
-        truths: set[int] = set()
-        for number, record in enumerate(self._disk.records, start=1):
-            match record:
-                case RoundOpened():
-                    opened[record.round] = record
-                case RoundClosed():
-                    opened.pop(record.round, None)
-                    self._know(number, record)
-                case TruthTold():
-                    truths.add(record.round)
-            if number <= self._covered:
-                continue
-            if isinstance(record, TruthTold):
-                self.ledger.replay_truth(self._closed_by_round[record.round], record)
-            else:
-                self.ledger.replay(record)
-        awaiting = [one for number, one in self._closed_by_round.items() if number not in truths]
-        awaiting = awaiting[-LIMITS.remembered_max :]
-        self.ledger.recalled(awaiting)
-        for closed in awaiting:
+        """Takes up what an earlier process left."""
+        for closed in self._recovered.awaiting:
             for instruction in self.book.recall(book_outcome_of(closed)):
                 self._carry_out(instruction)
-        for cut_off in opened.values():
+        for cut_off in self._recovered.cut_off:
             self._record(interrupt(cut_off, "the coordinator died while it was open"))
-
-    def _know(self, number: int, closed: RoundClosed) -> None:
-        self._closed_by_round[closed.round] = closed
-        if closed.key is not None:
-            self._closed_under[closed.key] = number, closed
 
     def find_round(self, key: str) -> int | None:
         """The round that answers a key for good, as far as its record is durable."""
-        number, closed = self._closed_under.get(key, (0, None))
-        if closed is None or number > self._disk.durable or not is_final(outcome_of(closed)):
-            return None
-        return closed.round
+        closed = self._disk.find_key(key)
+        return None if closed is None or not is_final(outcome_of(closed)) else closed.round
+
+    def prune(self) -> None:
+        """Lets the disk forget what is old."""
+        self._disk.prune(self.book.awaiting(), self._pruned)
+
+    def _pruned(self, rounds: frozenset[int], now_s: float) -> None:
+        self._auditor.pruned(rounds, self.book.awaiting(), now_s)
 
     # --- calls ---
 
-    def ask(self, call: CallPlan, body: bytes, answer: Answer) -> None:
-        """Opens a round; `answer` is called at its end, or at once with an error."""
+    def ask(self, call: CallPlan, body: bytes, number: int, answer: Answer) -> None:
+        """Opens a round, or joins the one under its key; `answer` is called at its end, or at once with an error.
+
+        Args:
+            number: Of the operator's try.
+        """
         ask = Ask(
             task=call.task,
             body=body,
@@ -204,18 +185,10 @@ class Rounds:
             deadline_s=call.deadline_s,
             attempts=call.attempts,
             count=call.count,
-            key=call.key,
+            key=call.key if call.keyed else None,
         )
-        question = Question(call.key, digest_of(ask))
-        assert question.digest is not None
-        keyed = self._keys.find(call.key, question.digest)
-        if keyed is not None and keyed.request_id is not None:
-            # Asked again while the first is in flight: both wait for the one round.
-            self._asks[keyed.request_id].answers.append(answer)
-            return
-        if self.find_round(call.key) is not None:
-            number, closed = self._closed_under[call.key]
-            self._tell([answer], call.key, number, outcome_of(closed))
+        question = Question(call.key, digest_of(ask)) if call.keyed else Question()
+        if self._join(question, number, answer):
             return
         if self._problem:
             answer(Told(0, "", error="not-recorded", retry=True))
@@ -223,20 +196,44 @@ class Rounds:
         request_id = next(self._request_ids)
         candidates = Candidates(self.fleet.select(call.task), self.fleet.select_away(call.task))
         try:
-            operator = f"operator-{call.key.encode()[-1] % _OPERATORS}"
+            operator = f"operator-{operator_of(call.key)}"
             request = self._planner.plan(ask, candidates, request_id=request_id, operator=operator)
         except CallFailed as error:
             answer(Told(0, "", error=error.reason, retry=error.retry))
             return
-        self._asks[request_id] = Asked(call, question, [answer])
-        self._keys.open(call.key, question.digest, request_id)
+        self._asks[request_id] = Asked(call, question, {number: answer})
+        if question.key is not None and question.digest is not None:
+            self._keys.open(question.key, question.digest, request_id)
         self._handle(request)
 
-    def withdraw(self, key: str) -> None:
-        """The operator does not want it any more."""
+    def _join(self, question: Question, number: int, answer: Answer) -> bool:
+        """Whether there is a round under this key: in flight, so that both wait for the one round, or over."""
+        if question.key is None or question.digest is None:
+            return False
+        keyed = self._keys.find(question.key, question.digest)
+        if keyed is not None and keyed.request_id is not None:
+            asked = self._asks[keyed.request_id]
+            asked.answers[number] = answer
+            self._auditor.operator_joined(asked.round, number)
+            return True
+        outcome = keyed.outcome if keyed is not None else None
+        if outcome is None:
+            closed = self._disk.find_key(question.key)
+            outcome = None if closed is None else outcome_of(closed)
+        if outcome is None or not is_final(outcome):
+            return False
+        self._tell([answer], question.key, None, outcome)
+        return True
+
+    def leave(self, call: CallPlan, number: int, *, withdraws: bool) -> None:
+        """A try of an operator is over: withdrawn, or its link broke. As in the shell (`asking`)."""
+        self._auditor.operator_leaves(call.key, number, withdraws=withdraws)
         for asked in list(self._asks.values()):
-            if asked.call.key == key and asked.round:
-                self._handle(rd.RoundCancelled(asked.round, "its operator left"))
+            if asked.call.key == call.key and asked.answers.pop(number, None) is not None:
+                cancels = withdraws or not call.keyed
+                if cancels and not asked.answers and asked.round:
+                    self._handle(rd.RoundCancelled(asked.round, "its operator left"))
+        self._auditor.operator_left(call.key)
 
     def reveal(self, round_id: int, truth: bytes, answer: Answer) -> None:
         """Scores a round's agents."""
@@ -273,6 +270,7 @@ class Rounds:
     def agent_lost(self, agent: str, reason: str) -> None:
         """What an agent worked on will not come."""
         self._handle(rd.AgentLost(agent, reason))
+        self._auditor.check_waiting(agent, self.book.in_flight_of(agent))
 
     def drain(self, on_drained: Callable[[], None]) -> None:
         """Opens no new rounds; says when none is in flight."""
@@ -285,7 +283,7 @@ class Rounds:
 
     def _handle(self, event: rd.Event) -> None:
         book = self.book
-        for instruction in book.handle(event, self._world.now):
+        for instruction in book.handle(event, self._process.now):
             self._carry_out(instruction)
         limits = book.limits
         if book.in_flight > limits.in_flight_max or book.held_bytes > limits.held_bytes_max:
@@ -294,6 +292,7 @@ class Rounds:
         if book.remembered > limits.remembered_max or book.traces > limits.traces_max:
             message = f"{book.remembered} closed rounds and {book.traces} traces are remembered"
             self._auditor.fail("queues are bounded", message)
+        self._auditor.check_in_flight(book.in_flight)
         self._arm()
 
     def _carry_out(self, instruction: ri.Instruction) -> None:
@@ -346,11 +345,13 @@ class Rounds:
                 round=opening.round,
                 key=call.key,
                 selected=opening.selected,
-                opened_at=self._world.now,
+                opened_at=self._process.now,
                 deadline_s=opening.policy.deadline_s,
                 quorum=call.quorum,
                 quorum_fraction=call.quorum_fraction or (None if call.quorum else POLICY.quorum_fraction),
                 attempts=opening.policy.attempts,
+                is_keyed=call.keyed,
+                waiters=frozenset(asked.answers),
             )
         )
 
@@ -370,17 +371,15 @@ class Rounds:
             )
         )
         record, told = self.ledger.close(outcome, asked.question)
-        if not is_final(told):
-            self._keys.drop(asked.call.key, outcome.request_id)
-        self._record(record, Announcement(outcome.request_id, told))
+        if asked.question.key is not None and not is_final(told):
+            self._keys.drop(asked.question.key, outcome.request_id)
+        asked.record = self._record(record, Announcement(outcome.request_id, told))
 
     # --- recording ---
 
-    def _record(self, record: Record, announcement: Announcement | None = None) -> None:
+    def _record(self, record: Record, announcement: Announcement | None = None) -> int:
         number = self._disk.append(record)
-        if isinstance(record, RoundClosed):
-            self._know(number, record)
-            self._rounds_since_checkpoint += 1
+        self._rounds_since_checkpoint += isinstance(record, RoundClosed)
         if announcement is not None:
             self.ledger.hold(number, announcement)
             if self._problem:
@@ -388,10 +387,12 @@ class Rounds:
         if self._rounds_since_checkpoint >= _CHECKPOINT_ROUNDS:
             self._rounds_since_checkpoint = 0
             self._disk.append_checkpoint(number, self.ledger.learner.snapshot())
+        return number
 
     def _committed(self, number: int) -> None:
         for announcement in self.ledger.committed(number):
             self._announce(announcement)
+        self._auditor.check_announced(number, self.ledger.held)
 
     def _recording_failed(self, problem: str) -> None:
         self._problem = problem
@@ -408,8 +409,8 @@ class Rounds:
             if answer is not None:
                 answer(told)
         elif (asked := self._asks.get(announcement.request_id)) is not None:
-            answers, asked.answers = asked.answers, []
-            for answer in answers:
+            answers, asked.answers = asked.answers, {}
+            for answer in answers.values():
                 answer(told)
 
     def _announce(self, announcement: Announcement) -> None:
@@ -421,16 +422,15 @@ class Rounds:
                 answer(Told(said.round, "revealed", repr(said.correct)))
             return
         asked = self._asks.pop(announcement.request_id)
-        key = asked.call.key
-        self._keys.keep(key, announcement.request_id, said)
-        number, _ = self._closed_under[key]
-        self._tell(asked.answers, key, number, said)
+        if asked.question.key is not None:
+            self._keys.keep(asked.question.key, announcement.request_id, said)
+        self._tell(asked.answers.values(), asked.question.key, asked.record, said)
 
-    def _tell(self, answers: "list[Answer]", key: str, number: int, outcome: Outcome) -> None:
+    def _tell(self, answers: Iterable[Answer], key: str | None, number: int | None, outcome: Outcome) -> None:
         digest = blake2b(outcome.to_frame(), digest_size=8).hexdigest()
         if is_final(outcome):
             self._auditor.announced(key, outcome.round, digest, number)
-        self._world.note(f"r{outcome.round} announced to {key}")
+        self._world.note(f"r{outcome.round} announced to {key or 'who asked'}")
         for answer in answers:
             answer(Told(outcome.round, outcome.state, digest))
 
@@ -440,8 +440,9 @@ class Rounds:
         if asked is None:
             self._reveals.pop(rejection.request_id)[1](told)
             return
-        self._keys.drop(asked.call.key, rejection.request_id)
-        for answer in asked.answers:
+        if asked.question.key is not None:
+            self._keys.drop(asked.question.key, rejection.request_id)
+        for answer in asked.answers.values():
             answer(told)
 
     # --- the timer and the disk ---
@@ -460,15 +461,9 @@ class Rounds:
     def audit(self, is_member: Callable[[str], bool]) -> None:
         """A full look at the book beside what is known from outside."""
         self._auditor.check_in_flight(self.book.in_flight)
-        #: By agent: rounds that may wait for it though it is gone, because they would ask it again.
-        waiting = Counter(
-            agent for opened in self._auditor.in_flight if opened.attempts > 1 for agent in opened.selected
-        )
-        for opened in self._auditor.in_flight:
-            for agent in opened.selected:
-                if self.book.in_flight_of(agent) > waiting[agent] and not is_member(agent):
-                    message = f"{self.book.in_flight_of(agent)} rounds wait for {agent}, which is no member"
-                    self._auditor.fail("no round waits for who is gone", message, agent=agent, round=opened.round)
+        for agent in sorted({agent for opened in self._auditor.in_flight for agent in opened.selected}):
+            if not is_member(agent):
+                self._auditor.check_waiting(agent, self.book.in_flight_of(agent))
 
     def rest(self, agents: Iterable[str]) -> str:
         """What is there that should not be when all is quiet; empty when nothing is."""

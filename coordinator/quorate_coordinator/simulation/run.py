@@ -1,6 +1,7 @@
 """Plays one plan from its start to its quiet end."""
 
 import gc
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -115,7 +116,8 @@ class Simulation:
         cores = cores or Cores()
         self.plan: Final = plan
         self.world: Final = World(plan.seed)
-        disk = SimDisk(self.world)
+        self._directory = tempfile.TemporaryDirectory(prefix="quorate-simulate-") if plan.disk == "journal" else None
+        self._disk = disk = SimDisk(self.world) if self._directory is None else self._make_journal(self._directory.name)
         self.auditor: Final = Auditor(self.world, disk)
         self.coordinator: Final = CoordinatorHost(self.world, disk, self.auditor, cores)
         self.hosts: Final = [
@@ -123,7 +125,7 @@ class Simulation:
             for number in range(plan.agents)
         ]
         self.operators: Final = Operators(self.world, self.coordinator)
-        self.faults: Final = Faults(self.world, self.hosts, self.coordinator)
+        self.faults: Final = Faults(self.world, self.hosts, self.coordinator, self.operators)
 
     def run(self, progress: Callable[[float], None] = lambda share: None) -> Report:
         """Plays it; never raises for a violation, which is in the report.
@@ -137,7 +139,8 @@ class Simulation:
         began_at = time.perf_counter()
         report = Report(self.plan)
         try:
-            self._play(progress)
+            with self.world.wall.shown():
+                self._play(progress)
         except InvariantViolated as violated:
             lines = self.world.trace(*violated.words, lines_max=_TRACE_LINES)
             report.violation = Violation(violated.invariant, violated.message, violated.at_s - START_S, tuple(lines))
@@ -146,6 +149,9 @@ class Simulation:
         finally:
             if had_gc:
                 gc.enable()
+            self._disk.close()
+            if self._directory is not None:
+                self._directory.cleanup()
         report.elapsed_s = time.perf_counter() - began_at
         report.events = self.world.events
         report.digest = self.world.digest()
@@ -154,6 +160,12 @@ class Simulation:
         report.strays = self.coordinator.strays
         report.handlers, report.announcements = self.auditor.handlers, self.auditor.announcements
         return report
+
+    def _make_journal(self, directory: str) -> SimDisk:
+        # SQLite takes its time to be loaded, and great fleets do without.
+        from quorate_coordinator.simulation.journal_disk import JournalDisk
+
+        return JournalDisk(self.world, Path(directory))
 
     def _raised(self, error: Exception) -> Violation:
         place = traceback.extract_tb(error.__traceback__)[-1]
