@@ -274,21 +274,24 @@ class Coordinator:
         if self._server is None:
             return
         self._is_draining = True
-        self._gatherer.stop("the coordinator was stopped")
-        # Outcomes are told once they are durable.
-        await self._flush_recording()
-        await self._operators.finish(1.0)
-        await self._fleet.close("the coordinator stops")
-        server, self._server = self._server, None
-        await server.close(Code.SHUTDOWN, "the coordinator stops")
-        for task in list(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await self._http.close()
-        self._gatherer.close()
-        self._gatherer.checkpoint()
-        await self._close_recording()
+        try:
+            self._gatherer.stop("the coordinator was stopped")
+            # Outcomes are told once they are durable.
+            await self._flush_recording()
+            await self._operators.finish(1.0)
+            await self._fleet.close("the coordinator stops")
+            server, self._server = self._server, None
+            await server.close(Code.SHUTDOWN, "the coordinator stops")
+            for task in list(self._tasks):
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            await self._http.close()
+            self._gatherer.close()
+            self._gatherer.checkpoint()
+        finally:
+            # Also where this is cancelled: whoever starts another needs the journal.
+            await self._close_recording()
         log.info("coordinator_stopped")
 
     async def _flush_recording(self) -> None:

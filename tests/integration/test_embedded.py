@@ -71,3 +71,18 @@ async def test_agents_and_operators_of_one_process_need_no_socket(
     if sync == "full":
         records = [record for _, _, record in read_journal(tmp_path / "journal.sqlite3")]
         assert [record for record in records if isinstance(record, TruthTold)] == [TruthTold(1, b"\x81\xa1x\x01")]
+
+
+async def test_a_close_that_is_cancelled_lets_the_journal_go(tmp_path: Path) -> None:
+    settings = Settings(listen="memory:cancelled", http="", state_dir=tmp_path)
+    coordinator = Coordinator(settings)
+    await coordinator.start()
+    async with await coordinator.client():
+        # An operator that is told goodbye has a moment to go: the close is in the middle of that.
+        closing = asyncio.create_task(coordinator.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+    async with Coordinator(settings.model_copy(update={"listen": "memory:another"})) as another:
+        assert another.is_ready

@@ -58,12 +58,10 @@ def simulate(
     from quorate_coordinator.simulation.report import Totals, as_json, as_text
     from quorate_coordinator.simulation.run import Simulation
     from quorate_coordinator.simulation.shorten import shorten
+    from quorate_protocol import logs
 
-    if engine == "quic":
-        from quorate_protocol import logs
-
-        # What goes wrong here is meant to.
-        logs.configure("error", "json", stream=_Nowhere())
+    # What goes wrong here is meant to.
+    logs.configure("error", "json", stream=_Nowhere())
     totals = Totals()
     with common.errors_shown(), showing_progress("simulate") as progress:
         for wanted in _plans(seed, agents, hours, faults, seeds, budget, plan, engine):
