@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
+from quorate_protocol.arguments import arguments_checked
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.errors import Code, QuorateError
 from quorate_protocol.messages import ExperienceTold, Modality, Telemetry
@@ -90,9 +91,10 @@ class OwnStreams:
 
         Raises:
             ConnectionClosed: the link broke.
-            ValidationError: the topic is no name.
+            ArgumentInvalid: the topic is no name.
         """
-        header = Modality(topic=topic, round=round).to_frame()
+        with arguments_checked():
+            header = Modality(topic=topic, round=round).to_frame()
         stream = await self._connection.open_uni_stream(Priority.NORMAL if priority is None else priority)
         await stream.send(header)
         return OwnStream(topic, stream)

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from quorate_protocol import __version__
+from quorate_protocol.arguments import arguments_checked
 from quorate_protocol.blobs import Blob, make_blob, make_private_store
 from quorate_protocol.bodies import encode_body_parts
 from quorate_protocol.bulk import BulkInbox, header_for, patience_s, ref_to, send_blob
@@ -98,17 +99,18 @@ class Client:
             timeout_s: seconds for all of it.
 
         Raises:
-            ValidationError: `name` or `token` cannot be one.
+            ArgumentInvalid: `name` or `token` cannot be one.
             ConfigurationError: the address or the authorities' file is wrong.
             ConnectFailed: nobody there, not trusted, or the hello is not answered.
             Refused: the coordinator does not let us in; a wrong token, say.
         """
-        hello = Hello(
-            role=role,
-            id=name or f"{role}-{secrets.token_hex(4)}",
-            token=token,
-            software=f"quorate/{__version__}",
-        )
+        with arguments_checked(id="name"):
+            hello = Hello(
+                role=role,
+                id=name or f"{role}-{secrets.token_hex(4)}",
+                token=token,
+                software=f"quorate/{__version__}",
+            )
         ends_at = asyncio.get_running_loop().time() + timeout_s
         connection = await connect(url, tls=tls, timeout_s=timeout_s)
         try:
@@ -167,7 +169,7 @@ class Client:
             CallFailed: there was no round (nobody does the task, busy, too large, a conflict in the policy), or with
                 the reason `not-recorded` one that could not be written down; `retry` says whether to ask again.
             LocalError: `value` is of a kind that cannot travel.
-            ValidationError: an argument is out of range; it names which.
+            ArgumentInvalid: one is out of range; a LocalError that names which.
             SpoolError: there is no room here for the answer: earlier ones are still held.
             BodyNotReceived: a large answer did not come.
             ResetByPeer: the coordinator gave the call up: a large answer cannot be read there, or nothing of it was
@@ -276,10 +278,13 @@ class Client:
 
         Raises:
             CallFailed: no such round, still open, or its truth was told before.
+            ArgumentInvalid: `round` is no number of one.
             LocalError: `truth` is of a kind that cannot travel.
             ConnectionClosed: the connection ended.
         """
-        request, blob = await _pack(Reveal(round=round, truth=b""), "truth", encode_body_parts(truth))
+        with arguments_checked():
+            reveal = Reveal(round=round, truth=b"")
+        request, blob = await _pack(reveal, "truth", encode_body_parts(truth))
         return await self._call(request, Revealed, blob)
 
     async def agents(self) -> Fleet:
@@ -295,9 +300,12 @@ class Client:
 
         Raises:
             CallFailed: there is no such agent.
+            ArgumentInvalid: `agent` is no id of one, or the reason is too long.
             ConnectionClosed: the connection ended.
         """
-        await self._call(DrainAgent(agent=agent, reason=reason), Draining)
+        with arguments_checked():
+            request = DrainAgent(agent=agent, reason=reason)
+        await self._call(request, Draining)
 
     async def _watch(self, pulse_s: float, lease_s: float) -> None:
         """Gives up a coordinator that is silent: one that died says nothing, and calls would wait for long."""
@@ -508,18 +516,19 @@ def _ask_of(
 ) -> tuple[Ask, list[bytes | memoryview]]:
     """A request without its body, checked, and the body's parts."""
     is_count = quorum is None or (isinstance(quorum, int) and not isinstance(quorum, bool))
-    request = Ask(
-        task=task,
-        body=b"",
-        quorum=quorum if is_count else None,  # type: ignore[arg-type]
-        quorum_fraction=None if is_count else quorum,
-        grace_s=grace_s,
-        deadline_s=deadline_s,
-        labels=labels or {},
-        count=count,
-        attempts=attempts,
-        key=key,
-    )
+    with arguments_checked(quorum_fraction="quorum"):
+        request = Ask(
+            task=task,
+            body=b"",
+            quorum=quorum if is_count else None,  # type: ignore[arg-type]
+            quorum_fraction=None if is_count else quorum,
+            grace_s=grace_s,
+            deadline_s=deadline_s,
+            labels=labels or {},
+            count=count,
+            attempts=attempts,
+            key=key,
+        )
     return request, encode_body_parts(value)
 
 

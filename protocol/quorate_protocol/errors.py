@@ -77,6 +77,15 @@ class LocalError(QuorateError):
     """The caller asked for what cannot be done; nothing was sent."""
 
 
+class ArgumentInvalid(LocalError):
+    """An argument is out of range, or of a kind that it cannot be. `argument` names it as the caller does."""
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(f"{argument}: {problem}")
+        self.argument = argument
+        self.problem = problem
+
+
 class ConfigurationError(LocalError):
     """A setting is wrong. `path` names it as in the file, such as `rounds.deadline_s`."""
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy
 import pytest
 import typer
-from pydantic import ValidationError
 
 from quorate_coordinator.cli import common
+from quorate_protocol.arguments import arguments_checked
 from quorate_protocol.errors import (
+    ArgumentInvalid,
     CallFailed,
     ConfigurationError,
     ConnectFailed,
@@ -131,8 +132,8 @@ def test_whatever_a_body_holds_can_be_printed_as_json(value: Any, shown: Any) ->
     json.dumps(printed, allow_nan=False)
 
 
-def invalid(message: type[Ask] | type[Reveal], **keys: Any) -> ValidationError:
-    with pytest.raises(ValidationError) as caught:
+def invalid(message: type[Ask] | type[Reveal], **keys: Any) -> ArgumentInvalid:
+    with pytest.raises(ArgumentInvalid) as caught, arguments_checked(quorum_fraction="quorum"):
         message(**{"task": "t", "body": b"", "round": 1, "truth": b"", **keys})
     return caught.value
 
@@ -158,14 +159,12 @@ def invalid(message: type[Ask] | type[Reveal], **keys: Any) -> ValidationError:
         (invalid(Ask, task="a b"), "TASK: String should match pattern", 2),
         (invalid(Ask, deadline_s=0.0), "--deadline: Input should be greater than 0, got 0.0", 2),
         (invalid(Ask, labels={"a b": "c"}), "--label (a b): String should match pattern", 2),
-        (invalid(Ask, body=b"x" * (2 << 20)), "JSON: Data should have at most 1032192 bytes, got 2097152 bytes", 2),
+        (invalid(Ask, quorum_fraction=2.0), "--quorum: Input should be less than or equal to 1, got 2.0", 2),
         (invalid(Reveal, round=1 << 63), "ROUND: Input should be less than or equal to 9223372036854775807", 2),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_every_error_has_a_line_and_an_exit_code(
-    error: QuorateError | ValidationError | KeyboardInterrupt, text: str, code: int
-) -> None:
+def test_every_error_has_a_line_and_an_exit_code(error: QuorateError | KeyboardInterrupt, text: str, code: int) -> None:
     line, found = common.explain(error)
     assert (line[: len(text)], found) == (text, code)
     assert len(line) < 400

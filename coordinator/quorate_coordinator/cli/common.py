@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
-from pydantic import ValidationError
 from rich import box
 from rich.table import Table
 
 from quorate_protocol.client import Client
 from quorate_protocol.credentials import find_ca, find_token
 from quorate_protocol.errors import (
+    ArgumentInvalid,
     CallFailed,
     ConfigurationError,
     LinkError,
@@ -101,7 +101,7 @@ def errors_shown() -> Iterator[None]:
     """Errors become one line and an exit code."""
     try:
         yield
-    except (QuorateError, ValidationError, KeyboardInterrupt) as error:
+    except (QuorateError, KeyboardInterrupt) as error:
         fail(*explain(error))
 
 
@@ -111,13 +111,14 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(coroutine)
 
 
-def explain(error: QuorateError | ValidationError | KeyboardInterrupt) -> tuple[str, int]:
+def explain(error: QuorateError | KeyboardInterrupt) -> tuple[str, int]:
     """An error's line for people, and the exit code."""
     match error:
         case KeyboardInterrupt():
             return "interrupted", EXIT_INTERRUPTED
-        case ValidationError():
-            return _explain_invalid(error), EXIT_USAGE
+        case ArgumentInvalid(argument=argument, problem=problem):
+            name, *inside = argument.split(" ", 1)
+            return f"{' '.join((_ARGUMENTS.get(name, name), *inside))}: {problem}", EXIT_USAGE
         case Refused():
             hint = "; is the token that of this coordinator? See --token-file" if not error.retry else ""
             return f"the coordinator refused us ({error.reason}): {error.message}{hint}", EXIT_REFUSED
@@ -131,14 +132,11 @@ def explain(error: QuorateError | ValidationError | KeyboardInterrupt) -> tuple[
             return str(error), EXIT_OTHER
 
 
-#: Where a request's key comes from.
+#: Where a call's argument comes from.
 _ARGUMENTS: Final = {
     "task": "TASK",
-    "body": "JSON",
-    "truth": "JSON",
     "round": "ROUND",
     "quorum": "--quorum",
-    "quorum_fraction": "--quorum",
     "grace_s": "--grace",
     "deadline_s": "--deadline",
     "labels": "--label",
@@ -148,18 +146,6 @@ _ARGUMENTS: Final = {
     "agent": "AGENT",
     "reason": "--reason",
 }
-
-
-def _explain_invalid(error: ValidationError) -> str:
-    """What the wire's own checks found wrong with an argument."""
-    first = error.errors(include_url=False)[0]
-    key, *rest = (str(part) for part in first["loc"])
-    given = first["input"]
-    shown = f"{len(given)} bytes" if isinstance(given, bytes) else repr(given)
-    inside = f" ({rest[0]})" if rest else ""
-    return (
-        f"{_ARGUMENTS.get(key, key)}{inside}: {first['msg']}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
-    )
 
 
 def require_extra(extra: str, what: str = "this command") -> None:

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from quorate_coordinator.cli import common
 from quorate_coordinator.cli.common import (
@@ -125,7 +124,7 @@ def feed(
             # What is wrong with the file shows before anybody is connected to.
             first = list(itertools.islice(rows, skip, skip + 1))
             asyncio.run(call(itertools.islice(itertools.chain(first, rows), limit), interruption))
-        except (QuorateError, ValidationError, KeyboardInterrupt) as error:
+        except (QuorateError, KeyboardInterrupt) as error:
             problem, code = common.explain(error)
             if line and not isinstance(error, SourceInvalid | KeyboardInterrupt):
                 problem = f"{file}, line {line}: {problem}"

@@ -10,7 +10,7 @@ from quorate_coordinator.quic_simulation.operators import Operator
 from quorate_coordinator.quic_simulation.places import AgentPlace, CoordinatorPlace
 from quorate_coordinator.simulation.faults import COORDINATOR
 from quorate_coordinator.simulation.plan import FAULT_KINDS, Fault
-from quorate_coordinator.simulation.world import WallClock
+from quorate_coordinator.simulation.wall_clock import WallClock
 
 #: Not those that stop one process of several, or its disk: here they are tasks of one process.
 PLAYED: Final = frozenset(FAULT_KINDS) - {"suspend", "disk-full"}

@@ -19,7 +19,7 @@ from quorate_coordinator.settings import JournalSettings, Settings
 from quorate_coordinator.simulation.plan import OPERATORS, Plan, operator_of
 from quorate_coordinator.simulation.planning import QUIET_S
 from quorate_coordinator.simulation.run import Report, Violation
-from quorate_coordinator.simulation.world import WallClock
+from quorate_coordinator.simulation.wall_clock import WallClock
 from quorate_protocol.errors import ConfigurationError
 from quorate_protocol.transport.memory import using_network
 

@@ -1,51 +1,19 @@
-"""Virtual time: events in their order, the time of day, streams of randomness by name, and the trace."""
+"""Virtual time: events in their order, streams of randomness by name, and the trace."""
 
-import contextlib
 import heapq
 import random
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any, Final
+
+from quorate_coordinator.simulation.wall_clock import WallClock
 
 #: Where the clock begins, in seconds. Not at 0: a moment must not be false.
 START_S: Final = 1000.0
 
 #: Lines of the trace that are kept: enough for the last minutes of a thousand agents, and for all of a shortened run.
 TRACE_LINES_MAX: Final = 20_000
-
-#: The time of day at the start, in Unix seconds.
-_TIME_OF_DAY_S: Final = 1.8e9
-
-
-class WallClock:
-    """What the coordinator's machine takes for the time of day: set forwards and backwards while time goes on.
-
-    Args:
-        clock: Virtual time, in seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._offset_s = _TIME_OF_DAY_S - clock()
-
-    def __call__(self) -> float:
-        """Unix time, in seconds."""
-        return self._clock() + self._offset_s
-
-    def jump(self, by_s: float) -> None:
-        """Somebody sets it; not to before 1970."""
-        self._offset_s += max(by_s, -self())
-
-    @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Makes it what `time.time` says meanwhile, so that whoever asks for the time of day gets this one."""
-        real, time.time = time.time, self
-        try:
-            yield
-        finally:
-            time.time = real
 
 
 class World:
