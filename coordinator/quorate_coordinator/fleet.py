@@ -483,12 +483,12 @@ class Fleet:
             case DeclareSuspect(agent, _):
                 log.warning("agent_suspect", agent=agent)
             case DeclareAway(agent, _, reason):
-                log.warning("agent_away", agent=agent, reason=reason)
+                self._log_gone("agent_away", agent, reason)
                 self._members[agent].link = None
             case DeclareReturned(agent, _):
                 log.info("agent_returned", agent=agent)
             case DeclareLost(agent, _, reason):
-                log.warning("agent_lost", agent=agent, reason=reason)
+                self._log_gone("agent_lost", agent, reason)
                 self._part(agent)
                 self._on_lost(agent, reason)
             case DeclareLeft(agent, _, reason):
@@ -497,6 +497,13 @@ class Fleet:
                 self._on_lost(agent, "left")
             case _:
                 assert_never(instruction)
+
+    def _log_gone(self, event: str, agent: str, reason: str) -> None:
+        """A warning, but where it is the coordinator that goes."""
+        if self._is_closed:
+            log.debug(event, agent=agent, reason="the coordinator stops")
+        else:
+            log.warning(event, agent=agent, reason=reason)
 
     def _part(self, agent: str) -> None:
         member = self._members.pop(agent)

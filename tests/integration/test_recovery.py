@@ -92,6 +92,7 @@ async def test_killed_between_rounds_nothing_is_forgotten(restarting: Restarting
                 await restarting.start()
         ended = await restarting.stop()
     assert "Traceback" not in ended.err
+    assert '"warning"' not in ended.err, "a stop is no trouble"
     assert {outcome.round: outcome for outcome in told.values()} == outcomes_in(restarting.journal)
     assert_sound(restarting.journal)
     # What the last one had in its memory is what an uninterrupted one would have had.
