@@ -366,7 +366,12 @@ class AgentBodies:
         if answer is not None:
             answer.task.cancel()
             # Not at once: the rounds are in the middle of what they have to say of this one.
-            asyncio.get_running_loop().call_soon(self._desk.on_reply, self._agent, answer.reply)
+            asyncio.get_running_loop().call_soon(self._hand_on_late, answer.reply)
+
+    def _hand_on_late(self, reply: Reply) -> None:
+        # Awaited it still is where it was the session that ended, and another attempt may be made.
+        if not self._desk.awaits_s(self._agent, reply.round, reply.attempt):
+            self._desk.on_reply(self._agent, reply)
 
     async def settle(self, link: "AgentLink", timeout_s: float) -> bool:
         """Waits until the answers that have come over a link are handed on; returns whether they are."""

@@ -6,7 +6,7 @@ What no owner holds is let go of. Equal contents are one.
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Container, Hashable, Iterator
 from typing import Final
 
@@ -18,8 +18,10 @@ from quorate_protocol.messages import AgentResult, Outcome
 #: takes to come back, and some.
 KEPT_S: Final = 60.0
 
-#: Bytes that those hold together, unless it is set otherwise.
+#: Bytes that those hold together on disk and in memory, unless it is set otherwise: a quarter of what there is. They
+#: count against the agents whose answers they are, too, who need the rest for those to come.
 KEPT_BYTES_MAX: Final = 4 << 30
+KEPT_MEMORY_BYTES_MAX: Final = 64 << 20
 
 
 class BlobShelf:
@@ -27,18 +29,26 @@ class BlobShelf:
 
     Args:
         kept_s: Seconds that `keep` keeps.
-        kept_bytes_max: Bytes that it keeps, the oldest go first.
+        kept_bytes_max: Bytes on disk that it keeps, the oldest go first.
+        kept_memory_bytes_max: The same in memory.
     """
 
-    def __init__(self, *, kept_s: float = KEPT_S, kept_bytes_max: int = KEPT_BYTES_MAX) -> None:
+    def __init__(
+        self,
+        *,
+        kept_s: float = KEPT_S,
+        kept_bytes_max: int = KEPT_BYTES_MAX,
+        kept_memory_bytes_max: int = KEPT_MEMORY_BYTES_MAX,
+    ) -> None:
         self._kept_s = kept_s
-        self._kept_bytes_max = kept_bytes_max
+        #: By whether that is on disk.
+        self._kept_bytes_max = {True: kept_bytes_max, False: kept_memory_bytes_max}
         #: Digest to the blob and how many owners hold it.
         self._blobs: dict[bytes, tuple[Blob, int]] = {}
         self._held_by: dict[Hashable, set[bytes]] = {}
-        #: Key to the bytes kept for it and the end of that; the oldest first.
-        self._kept: OrderedDict[str, tuple[int, asyncio.TimerHandle]] = OrderedDict()
-        self._kept_bytes = 0
+        #: Key to the bytes kept for it, by whether they are on disk, and the end of that; the oldest first.
+        self._kept: OrderedDict[str, tuple[Counter[bool], asyncio.TimerHandle]] = OrderedDict()
+        self._kept_bytes: Counter[bool] = Counter()
 
     def __len__(self) -> int:
         return len(self._blobs)
@@ -105,12 +115,15 @@ class BlobShelf:
             return
         for ref in refs:
             self.put(("key", key), ref)
-        size_bytes = sum(ref.size for ref in refs)
+        sizes: Counter[bool] = Counter()
+        for ref in refs:
+            sizes[ref.content is not None and ref.content.is_on_disk] += ref.size
         timer = asyncio.get_running_loop().call_later(self._kept_s, self._let_go, key)
-        self._kept[key] = (size_bytes, timer)
-        self._kept_bytes += size_bytes
-        while self._kept_bytes > self._kept_bytes_max:
-            self._let_go(next(iter(self._kept)))
+        self._kept[key] = (sizes, timer)
+        self._kept_bytes.update(sizes)
+        for on_disk, most in self._kept_bytes_max.items():
+            while self._kept_bytes[on_disk] > most:
+                self._let_go(next(old for old, (held, _) in self._kept.items() if held[on_disk]))
 
     def close(self) -> None:
         """Lets go of everything."""
@@ -122,9 +135,9 @@ class BlobShelf:
     def _let_go(self, key: str) -> None:
         kept = self._kept.pop(key, None)
         if kept is not None:
-            size_bytes, timer = kept
+            sizes, timer = kept
             timer.cancel()
-            self._kept_bytes -= size_bytes
+            self._kept_bytes.subtract(sizes)
             self.drop(("key", key))
 
 

@@ -184,14 +184,19 @@ class Gatherer:
             ask = ask.model_copy(update={"bulk": self.shelf.put(("question", request_id), ask.bulk)})
         try:
             request = self._planner.plan(ask, candidates, request_id=request_id, operator=operator)
-        except CallFailed:
+        except BaseException:
             self.shelf.drop(("question", request_id))
             raise
         asking = self._asks[request_id] = Asking(request_id, question, self._withdraw)
         asking.join(listener)
         if question.key is not None and question.digest is not None:
             self._keys.open(question.key, question.digest, request_id)
-        self.handle(request)
+        try:
+            self.handle(request)
+        except Exception:
+            # A fault of ours must not leave a key that waits for ever.
+            self._answer_error(request_id, _failure())
+            raise
         return asking
 
     async def reveal(self, reveal: Reveal) -> Revealed:

@@ -4,13 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from quorate_coordinator.learner.api import Learner, Request
+import structlog
+
+from quorate_coordinator.learner.api import Coordination, Learner, Request
 from quorate_coordinator.rounds.book import RoundBook
 from quorate_coordinator.rounds.events import RoundRequested
 from quorate_coordinator.rounds.policy import RoundPolicy
 from quorate_protocol.errors import CallFailed
 from quorate_protocol.fields import inline_bytes
 from quorate_protocol.messages import Ask, body_of
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,7 @@ class Planner:
         policy = self._policy
         if free:
             load = {agent: self._book.in_flight_of(agent) for agent in free} if ask.count is not None else {}
-            plan = self._learner.compute_coordination(
-                Request(task=ask.task, body=body, candidates=free, count=ask.count, load=load)
-            )
+            plan = self._consult(Request(task=ask.task, body=body, candidates=free, count=ask.count, load=load))
             selected = plan.agents
             policy = policy.override(quorum=plan.quorum, grace_s=plan.grace_s, deadline_s=plan.deadline_s)
         if ask.count is not None:
@@ -93,6 +95,25 @@ class Planner:
             # Under a key others may join, and listen, later.
             is_streamed=ask.stream or ask.key is not None,
         )
+
+    def _consult(self, request: Request) -> Coordination:
+        """What the learner thinks, in plain values (it may reckon with NumPy).
+
+        Its faults cost its advice alone: all are asked, or the first of them.
+        """
+        try:
+            plan = self._learner.compute_coordination(request)
+            if strangers := set(plan.agents).difference(request.candidates):
+                raise ValueError(f"agents: {min(strangers)!r} is no candidate")
+            return Coordination(
+                agents=tuple(sorted(set(plan.agents))),
+                quorum=None if plan.quorum is None else int(plan.quorum),
+                grace_s=None if plan.grace_s is None else float(plan.grace_s),
+                deadline_s=None if plan.deadline_s is None else float(plan.deadline_s),
+            )
+        except Exception:
+            log.exception("learner_failed_to_coordinate", task=request.task)
+            return Coordination(agents=request.candidates[: request.count])
 
     def _has_room(self, agent: str, more_bytes: int) -> bool:
         owes_too_much = self._book.in_flight_of(agent) >= self._book.limits.in_flight_per_agent_max

@@ -162,7 +162,10 @@ class Recording:
     def append_checkpoint(self, seq: int, take_snapshot: Callable[[], bytes]) -> None:
         """Queues the learner's state after all records up to `seq`; it is not due any more, even if that raises."""
         self._work, self._checkpoint_bytes = 0, self.journal.record_bytes
-        self.journal.append_checkpoint(seq, take_snapshot(), at=time.time())
+        snapshot = take_snapshot()
+        if not isinstance(snapshot, bytes):
+            raise TypeError(f"the learner's snapshot is not bytes but a {type(snapshot).__name__}")
+        self.journal.append_checkpoint(seq, snapshot, at=time.time())
 
     def find_key(self, key: str) -> int | None:
         """Number of the last round that was opened under a key.
@@ -183,7 +186,12 @@ class Recording:
         """
         try:
             async with self._reading:
-                known = await asyncio.to_thread(_find_key, self.journal.file, key)
+                reading = asyncio.ensure_future(asyncio.to_thread(_find_key, self.journal.file, key))
+                try:
+                    known = await asyncio.shield(reading)
+                finally:
+                    # A thread cannot be stopped: until it has ended it is one of those that there may be.
+                    await asyncio.wait((reading,))
         except JournalUnusable as error:
             raise self._unreadable(key, error) from error
         return None if known is None else known.closed

@@ -62,7 +62,7 @@ log = structlog.get_logger()
 #: The directory for large bodies, in the state directory.
 _SPOOL_NAME: Final = "spool"
 
-#: One part of so many of the spool may hold answers for who asks again under a key.
+#: One part of so many of the spool, and of the memory for bodies, may hold answers for who asks again under a key.
 _KEPT_SHARE: Final = 4
 
 #: How often the development certificate is looked at, in seconds.
@@ -214,7 +214,10 @@ class Coordinator:
             self._fleet,
             Ledger(self._make_learner()) if recovered is None else recovered.ledger,
             recording,
-            shelf=BlobShelf(kept_bytes_max=settings.bodies.spool_bytes_max // _KEPT_SHARE),
+            shelf=BlobShelf(
+                kept_bytes_max=settings.bodies.spool_bytes_max // _KEPT_SHARE,
+                kept_memory_bytes_max=settings.bodies.memory_bytes_max // _KEPT_SHARE,
+            ),
             policy=round_policy(settings),
             limits=BookLimits(
                 in_flight_max=settings.rounds.in_flight_max,
@@ -280,8 +283,7 @@ class Coordinator:
             await self._flush_recording()
             await self._operators.finish(1.0)
             await self._fleet.close("the coordinator stops")
-            server, self._server = self._server, None
-            await server.close(Code.SHUTDOWN, "the coordinator stops")
+            await self._close_server()
             for task in list(self._tasks):
                 task.cancel()
             if self._tasks:
@@ -290,9 +292,15 @@ class Coordinator:
             self._gatherer.close()
             self._gatherer.checkpoint()
         finally:
-            # Also where this is cancelled: whoever starts another needs the journal.
+            # Also where this is cancelled: whoever starts another needs the port and the journal.
+            await self._close_server()
             await self._close_recording()
         log.info("coordinator_stopped")
+
+    async def _close_server(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            await server.close(Code.SHUTDOWN, "the coordinator stops")
 
     async def _flush_recording(self) -> None:
         if self._recording is not None and not self._gatherer.recording_problem:

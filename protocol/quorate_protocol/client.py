@@ -25,7 +25,7 @@ from quorate_protocol.blobs import Blob, make_blob, make_private_store
 from quorate_protocol.bodies import encode_body_parts
 from quorate_protocol.bulk import BulkInbox, header_for, patience_s, ref_to, send_blob
 from quorate_protocol.channel import Channel
-from quorate_protocol.errors import CallFailed, Code, ConnectFailed, LinkError, Refused, StreamError
+from quorate_protocol.errors import ArgumentInvalid, CallFailed, Code, ConnectFailed, LinkError, Refused, StreamError
 from quorate_protocol.fields import BodyRef, Role
 from quorate_protocol.limits import BODY_BYTES_MAX
 from quorate_protocol.messages import (
@@ -234,7 +234,7 @@ class Client:
         Raises: as `ask`, for the first value that fails; the rounds after it are withdrawn.
         """
         if in_flight < 1:
-            raise ValueError(f"in_flight is {in_flight}; at least one round must be under way")
+            raise ArgumentInvalid("in_flight", f"at least one round must be under way, got {in_flight}")
 
         async def ask_one(value: Any) -> Outcome:
             asked, parts = _ask_of(task, value, quorum, grace_s, deadline_s, labels, count, attempts, None)

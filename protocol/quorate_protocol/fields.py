@@ -17,6 +17,8 @@ InlineBody = Annotated[bytes, Field(max_length=BODY_BYTES_MAX)]
 #: SHA-256.
 Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 RoundId = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
+#: Of replies that are needed, or of agents that are asked.
+Number = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
 Attempt = Annotated[int, Field(ge=1, le=1000)]

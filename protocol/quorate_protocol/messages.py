@@ -20,6 +20,7 @@ from quorate_protocol.fields import (
     Digest,
     InlineBody,
     Name,
+    Number,
     PositiveSeconds,
     Role,
     RoundId,
@@ -345,14 +346,14 @@ class Ask(Message, type="ask"):
     body: InlineBody | None = None
     bulk: BodyRef | None = None
     #: Replies needed, as a count or as a share of the selected agents (rounded up); not both.
-    quorum: Annotated[int, Field(ge=1)] | None = None
+    quorum: Number | None = None
     quorum_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     grace_s: Seconds | None = None
     deadline_s: PositiveSeconds | None = None
     #: Only agents that carry all of these labels with these values.
     labels: dict[Name, Text] = Field(default_factory=dict, max_length=LABELS_MAX)
     #: At most so many agents, those that the learner thinks best of.
-    count: Annotated[int, Field(ge=1)] | None = None
+    count: Number | None = None
     #: How often one agent may be given the assignment: again when it failed, or was lost and came back.
     attempts: Annotated[int, Field(ge=1, le=100)] | None = None
     #: Idempotency key: the same question under the same key is one round, however often it is asked.
@@ -372,7 +373,7 @@ class Opened(Message, type="opened"):
     round: RoundId
     #: Sorted.
     selected: list[Name]
-    quorum: Annotated[int, Field(ge=1)]
+    quorum: Number
     #: Seconds until the hard end.
     deadline_s: PositiveSeconds
 
@@ -419,7 +420,7 @@ class Outcome(Message, type="outcome"):
     round: RoundId
     task: Name
     state: RoundState
-    quorum: Annotated[int, Field(ge=1)]
+    quorum: Number
     #: The combined answer: this, or `bulk` where it is too large to be inline; neither unless quorum was met.
     answer: InlineBody | None = None
     bulk: BodyRef | None = None

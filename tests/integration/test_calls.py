@@ -13,7 +13,7 @@ from quorate_agent import Agent
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.channel import Channel
 from quorate_protocol.client import Replies
-from quorate_protocol.errors import CallFailed, Code, ConnectionClosed, LocalError
+from quorate_protocol.errors import ArgumentInvalid, CallFailed, Code, ConnectionClosed, LocalError
 from quorate_protocol.fields import BodyRef
 from quorate_protocol.messages import AgentResult, Ask, Assignment, Cancellation, Opened, Outcome, Reply
 
@@ -306,7 +306,7 @@ async def test_one_that_fails_ends_the_others(fleet: Fleet, wrong: str) -> None:
 
 async def test_at_least_one_must_be_under_way(fleet: Fleet) -> None:
     operator = await fleet.operator()
-    with pytest.raises(ValueError, match="in_flight is 0"):
+    with pytest.raises(ArgumentInvalid, match="in_flight: at least one"):
         await anext(operator.ask_many("echo", [1], in_flight=0))
     assert [outcome async for outcome in operator.ask_many("echo", [])] == []
 

@@ -53,6 +53,7 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "removed": (lambda file: file.unlink(), "journal.sqlite3"),
     "moved": (lambda file: file.rename(file.with_name("elsewhere")), "journal.sqlite3"),
     "replaced": (replace_by_copy, "journal.sqlite3"),
+    "cut": (lambda file: os.truncate(file, 1000), "journal.sqlite3"),
     "log removed": (lambda file: beside(file, "-wal").unlink(), "journal.sqlite3-wal"),
     "log emptied": (lambda file: cut(file, 0.0), "journal.sqlite3-wal"),
     "log halved": (lambda file: cut(file, 0.5), "journal.sqlite3-wal"),

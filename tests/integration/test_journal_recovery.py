@@ -1,6 +1,7 @@
 """What a coordinator knows again from a journal: the learner's state, rounds that await their truth, rounds cut off."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from quorate_coordinator.journal.errors import JournalUnusable
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_coordinator.journal.writer import Journal
-from quorate_coordinator.learner.api import Answer, ClosedRound, Report
+from quorate_coordinator.learner.api import Answer, ClosedRound, Coordination, Report, Request
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.ledger import book_outcome_of
 from quorate_coordinator.recovery import Recovered, recover
@@ -237,3 +238,60 @@ async def test_a_round_whose_answers_cannot_be_recorded_fails_and_takes_no_truth
     found = recovering(tmp_path / JOURNAL_NAME)
     assert (found.damaged, found.cut_off, [one.state for one in found.awaiting]) == ((), (), ["failed", "complete"])
     assert found.ledger.learner.snapshot() == live
+
+
+class Astray(VoteLearner):
+    """Plans rounds as nobody can hold them, as it is told to; and has snapshots that are none."""
+
+    plan: Callable[[Request], Any] | None = None
+    state: Any = None
+
+    def compute_coordination(self, request: Request) -> Coordination:
+        return super().compute_coordination(request) if self.plan is None else self.plan(request)
+
+    def snapshot(self) -> bytes:
+        return super().snapshot() if self.state is None else self.state
+
+
+async def test_a_plan_that_is_none_costs_the_learners_advice_alone(tmp_path: Path) -> None:
+    plans: list[Callable[[Request], Any]] = [
+        lambda request: None,
+        lambda request: 1 / 0,
+        lambda request: Coordination(("stranger",)),
+        lambda request: Coordination((7,)),  # type: ignore[arg-type]
+        lambda request: Coordination(request.candidates, quorum=1.5),  # type: ignore[arg-type]
+        lambda request: Coordination(request.candidates, quorum=True),
+        lambda request: Coordination(request.candidates, quorum=0),
+        lambda request: Coordination(request.candidates, deadline_s=float("nan")),
+        lambda request: Coordination(request.candidates, deadline_s="soon"),  # type: ignore[arg-type]
+        lambda request: Coordination(request.candidates, grace_s=-1.0),
+    ]
+    learner = Astray()
+    async with coordinating(tmp_path, learner=learner) as fleet:
+        await fleet.join(echo("a"), echo("b"))
+        operator = await fleet.operator()
+        for number, learner.plan in enumerate(plans):
+            outcome = await operator.ask("echo", number, key=f"k-{number}", quorum=1.0)
+            assert [result.agent for result in outcome.results] == ["a", "b"]
+        learner.plan = lambda request: Coordination(
+            list(request.candidates),  # type: ignore[arg-type]
+            quorum=numpy.int64(2),  # type: ignore[arg-type]
+            deadline_s=numpy.float32(5.0),  # type: ignore[arg-type]
+        )
+        assert (await operator.ask("echo", 1, key="numpy")).quorum == 2
+        assert len(fleet.coordinator._gatherer.shelf) == 0
+    assert recovering(tmp_path / JOURNAL_NAME).damaged == ()
+
+
+@pytest.mark.parametrize("state", ["text", bytearray(b"x")], ids=["text", "bytearray"])
+async def test_a_snapshot_that_is_none_costs_a_restart_its_time_alone(tmp_path: Path, state: Any) -> None:
+    learner = Astray()
+    async with coordinating(tmp_path, learner=learner, journal={"checkpoint_rounds": 1}) as fleet:
+        await fleet.join(echo("a"))
+        operator = await fleet.operator()
+        learner.state = state
+        for number in range(3):
+            assert (await operator.ask("echo", number)).state == "complete"
+        assert fleet.coordinator.is_ready
+    found = recovering(tmp_path / JOURNAL_NAME)
+    assert [one.round for one in found.awaiting] == [1, 2, 3]

@@ -145,6 +145,10 @@ async def test_a_name_that_cannot_be_one_is_refused_before_anything_is_sent(cred
     with UdpSocket() as silent:
         with pytest.raises(ArgumentInvalid, match="name: "):
             await Client.connect(f"quic://127.0.0.1:{silent.port}", token="t", name="not a name")
+        for token in ("s3cret" * 10_000, "s3cret\ud800"):
+            with pytest.raises(ArgumentInvalid, match="token: ") as caught:
+                await Client.connect(f"quic://127.0.0.1:{silent.port}", token=token)
+            assert "s3c" not in str(caught.value)
         assert silent.receive_nowait() is None
     with pytest.raises(ConfigurationError):
         await Client.connect("nonsense", token="t")

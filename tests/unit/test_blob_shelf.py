@@ -2,10 +2,12 @@
 
 import asyncio
 import gc
+import hashlib
 import weakref
+from pathlib import Path
 
 from quorate_coordinator.blob_shelf import BlobShelf, contents_of
-from quorate_protocol.blobs import Blob, blob_of
+from quorate_protocol.blobs import Blob, BlobBudget, BlobStore, blob_of
 from quorate_protocol.bulk import ref_to
 from quorate_protocol.fields import BodyRef
 from quorate_protocol.messages import AgentResult, Outcome
@@ -50,8 +52,31 @@ async def test_an_outcome_is_filled_with_what_is_there() -> None:
     assert shelf.fill_outcome(small) is small
 
 
+async def test_what_is_kept_on_disk_and_in_memory_has_a_ceiling_each(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, BlobBudget())
+    size = 9 << 20
+
+    async def spooled(text: bytes) -> BodyRef:
+        data = text * size
+        writer = store.writer(size, hashlib.sha256(data).digest())
+        await writer.write(data)
+        blob = await writer.finish()
+        assert blob.is_on_disk
+        return ref_to(blob).with_content(blob)
+
+    shelf = BlobShelf(kept_bytes_max=size, kept_memory_bytes_max=4)
+    for key, ref in (("a", await spooled(b"a")), ("b", carrying(b"bbbb")), ("c", await spooled(b"c"))):
+        shelf.keep(key, outcome_of(shelf.put("round", ref)))
+        shelf.drop("round")
+    assert shelf.held_bytes == size + 4, "the older of those on disk has gone, and nothing in memory"
+    shelf.keep("d", outcome_of(shelf.put("round", carrying(b"d"))))
+    shelf.drop("round")
+    assert shelf.held_bytes == size + 1
+    shelf.close()
+
+
 async def test_kept_for_a_key_for_a_while_and_so_many_bytes() -> None:
-    shelf = BlobShelf(kept_s=0.05, kept_bytes_max=10)
+    shelf = BlobShelf(kept_s=0.05, kept_bytes_max=0, kept_memory_bytes_max=10)
     for key, text in (("a", b"aaaa"), ("b", b"bbbb"), ("c", b"cccc")):
         ref = shelf.put("round", carrying(text))
         shelf.keep(key, outcome_of(ref))

@@ -57,7 +57,7 @@ TYPES: dict[str, Any] = {
     "count": Annotated[int, Field(ge=0)],
     "digest": Digest,
     "reference": BodyRef,
-    "quorum": Annotated[int, Field(ge=1)],
+    "quorum": Annotated[int, Field(ge=1, le=(1 << 63) - 1)],
     "seconds": Seconds,
     "seconds > 0": PositiveSeconds,
     "fraction": Annotated[float, Field(gt=0, le=1)],

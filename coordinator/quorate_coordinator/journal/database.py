@@ -92,7 +92,8 @@ class OpenFiles:
     def __init__(self, file: Path, lock: Lock) -> None:
         self._wal = _beside(file, "-wal")
         self._opened = {path: _identify(path) for path in (file, self._wal, lock.file)}
-        self._wal_bytes = 0
+        #: The least that these must have.
+        self._bytes = {path: self._opened[path][2] for path in (file, self._wal)}
 
     def check(self) -> None:
         """To be called before something is written, and after, before anybody counts on it.
@@ -106,15 +107,15 @@ class OpenFiles:
                 raise JournalUnusable(
                     path, "was removed, moved or replaced since it was opened; put it back, or restart the coordinator"
                 )
-            if path == self._wal and found[2] < self._wal_bytes:
+            if found[2] < self._bytes.get(path, 0):
                 raise JournalUnusable(
-                    path,
-                    "was cut since it was written, and records with it; restart the coordinator",
+                    path, "was cut since it was written, and records with it; restart the coordinator"
                 )
 
     def wrote(self) -> None:
-        """Something was written: the write-ahead log is as long as it should be, and grows from here."""
-        self._wal_bytes = _identify(self._wal)[2]
+        """Something was written: the files are as long as they should be, and grow from here."""
+        for path in self._bytes:
+            self._bytes[path] = _identify(path)[2]
 
 
 def connect_to_write(file: Path, sync: Sync) -> sqlite3.Connection:

@@ -458,8 +458,10 @@ class _Committer:
         try:
             with damage_told(self._journal.file):
                 self._files.check()
-                report = next(steps, None)
-                self._files.wrote()
+                try:
+                    report = next(steps, None)
+                finally:
+                    self._files.wrote()
         except JournalUnusable as error:
             self._prunings.popleft()
             self._tell(_fail, pruning.done, error)

@@ -6,6 +6,7 @@ same calls in the same order give the same state, bit for bit.
 """
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol, Self
@@ -38,7 +39,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Coordination:
-    """How a round shall go. None leaves what the operator or the settings fixed."""
+    """How a round shall go. None leaves what the operator or the settings fixed.
+
+    Raises:
+        TypeError, ValueError: no round can go so.
+    """
 
     #: Whom to ask: a part of the candidates.
     agents: tuple[str, ...]
@@ -48,6 +53,17 @@ class Coordination:
     grace_s: float | None = None
     #: Seconds until the hard end.
     deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(agent, str) for agent in self.agents):
+            raise TypeError(f"agents: {self.agents!r:.80} are not ids")
+        if self.quorum is not None and (isinstance(self.quorum, bool) or operator.index(self.quorum) < 1):
+            raise ValueError(f"quorum: {self.quorum!r} is no count of replies")
+        for name, seconds in (("grace_s", self.grace_s), ("deadline_s", self.deadline_s)):
+            if seconds is not None and (isinstance(seconds, bool) or not math.isfinite(seconds) or seconds < 0):
+                raise ValueError(f"{name}: {seconds!r} is no time")
+        if self.deadline_s == 0:
+            raise ValueError("deadline_s: 0 leaves no time")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Plays one plan with real shells."""
 
 import asyncio
+import contextlib
 import random
 import tempfile
 import time
@@ -117,6 +118,15 @@ class _Fleet:
         Raises:
             NotHeld: something that must hold does not.
         """
+        try:
+            await self._live(progress)
+        except BaseException:
+            # The journal's thread would go on. What else fails now is no finding.
+            with contextlib.suppress(Exception):
+                await self.coordinator.stop()
+            raise
+
+    async def _live(self, progress: Callable[[float], None]) -> None:
         plan, loop = self.plan, self.loop
         loop.await_threads(lambda: self.coordinator.is_recording)
         await self.coordinator.start()
