@@ -12,7 +12,7 @@ from quorate_coordinator.asking import Asking
 from quorate_coordinator.fitting import fit
 from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.serving import first_of, refuse_streams
-from quorate_coordinator.telling import Call, Told, Untaken, end, result_of, send_answer
+from quorate_coordinator.telling import AllUntaken, Call, Told, Untaken, end, result_of, send_answer
 from quorate_protocol import __version__
 from quorate_protocol.blobs import BlobStore
 from quorate_protocol.bulk import BulkInbox, patience_s
@@ -61,7 +61,8 @@ CALLS_MAX: Final = STREAMS_MAX
 #: With what a stream is refused that an operator has no use for.
 _SURPLUS: Final = Code.UNEXPECTED_MESSAGE
 
-#: One connection may hold so large a part of the spool, untaken: one body of the largest there are, by default.
+#: All connections together may hold so large a part of the spool, untaken: half of what one agent may, whose answers
+#: they may all be.
 _UNTAKEN_SHARE: Final = 4
 
 T = TypeVar("T")
@@ -88,6 +89,7 @@ class Operators:
         self._list_fleet = list_fleet
         self._drain_agent = drain_agent
         self._store = store
+        self._untaken = AllUntaken(store.budget.disk_bytes_max // _UNTAKEN_SHARE)
         self._bodies_refused_total = bodies_refused_total
         self._pulse_s = pulse_s
         self._lease_s = lease_s
@@ -163,7 +165,7 @@ class Operators:
         self, connection: Connection, hello: Hello, inbox: BulkInbox, calls: set[asyncio.Task[None]]
     ) -> str:
         unanswered: set[int] = set()
-        untaken = Untaken(self._store.budget.disk_bytes_max // _UNTAKEN_SHARE)
+        untaken = Untaken(self._untaken)
         while True:
             stream = await connection.accept_bi_stream()
             if len(unanswered) >= CALLS_MAX:

@@ -31,6 +31,9 @@ UNTAKEN_S: Final = 60.0
 #: Over it calls are refused, and parts left out.
 UNTAKEN_BYTES_MAX: Final = 64 << 20
 
+#: The same of all connections together: beyond it those are refused that hold something.
+UNTAKEN_ALL_BYTES_MAX: Final = 256 << 20
+
 #: What a result takes beside its body, in bytes, about.
 _RESULT_BYTES: Final = 256
 
@@ -64,15 +67,31 @@ def _size_of(what: Message | bytes) -> _Size:
     return _Size(memory_bytes, disk_bytes)
 
 
+@dataclass(slots=True)
+class AllUntaken:
+    """How much all connections hold that their operators have not taken: the answers' agents pay for it as well."""
+
+    #: Of the large bodies that are on disk. One connection may have half.
+    disk_bytes_max: int
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether only those who hold nothing should begin anything."""
+        return self.memory_bytes > UNTAKEN_ALL_BYTES_MAX or self.disk_bytes > self.disk_bytes_max
+
+
 class Untaken:
     """How much one connection holds that its operator has not taken.
 
     Args:
-        disk_bytes_max: Of the large bodies that are on disk; over it calls are refused, too.
+        everybody: what it is a part of.
     """
 
-    def __init__(self, disk_bytes_max: int) -> None:
-        self._disk_bytes_max = disk_bytes_max
+    def __init__(self, everybody: AllUntaken) -> None:
+        self._everybody = everybody
+        self._disk_bytes_max = everybody.disk_bytes_max // 2
         self.memory_bytes = 0
         self.disk_bytes = 0
         #: Of the answers among it.
@@ -85,10 +104,13 @@ class Untaken:
         The largest answer does not count: who has taken all of one may ask for the next before that is acknowledged.
         """
         memory_bytes, disk_bytes = self.memory_bytes, self.disk_bytes
-        if memory_bytes > UNTAKEN_BYTES_MAX:
-            memory_bytes -= max((size.memory_bytes for size in self._answers), default=0)
-        if disk_bytes > self._disk_bytes_max:
-            disk_bytes -= max((size.disk_bytes for size in self._answers), default=0)
+        is_crowded = self._everybody.is_full
+        if not is_crowded and memory_bytes <= UNTAKEN_BYTES_MAX and disk_bytes <= self._disk_bytes_max:
+            return False
+        memory_bytes -= max((size.memory_bytes for size in self._answers), default=0)
+        disk_bytes -= max((size.disk_bytes for size in self._answers), default=0)
+        if is_crowded and (memory_bytes > 0 or disk_bytes > 0):
+            return True
         return memory_bytes > UNTAKEN_BYTES_MAX or disk_bytes > self._disk_bytes_max
 
     def check_room(self) -> None:
@@ -103,12 +125,14 @@ class Untaken:
             raise CallFailed("busy", message, retry=True)
 
     def hold(self, size: _Size) -> None:
-        self.memory_bytes += size.memory_bytes
-        self.disk_bytes += size.disk_bytes
+        for held in (self, self._everybody):
+            held.memory_bytes += size.memory_bytes
+            held.disk_bytes += size.disk_bytes
 
     def release(self, size: _Size) -> None:
-        self.memory_bytes -= size.memory_bytes
-        self.disk_bytes -= size.disk_bytes
+        for held in (self, self._everybody):
+            held.memory_bytes -= size.memory_bytes
+            held.disk_bytes -= size.disk_bytes
 
     @contextlib.contextmanager
     def holding(self, what: Message | bytes) -> Iterator[None]:

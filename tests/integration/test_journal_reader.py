@@ -165,6 +165,16 @@ def test_records_from_a_clock_that_was_ahead_hold_up_nobody(file: Path) -> None:
     assert rounds_in(file) == [1, 6], "how old the first is, nobody can tell"
 
 
+def test_late_replies_of_rounds_that_have_gone_go_too(file: Path) -> None:
+    write_journal(file, rounds(3), checkpoints=[12])
+    prune_file(file, Retention(keep_s=0), EPOCH_S * 2)
+    write_journal(file, [late(2), late(3), opened(4)], checkpoints=[2, 3])
+    assert rounds_in(file) == [2, 3, 4]
+    prune_file(file, Retention(keep_s=0), EPOCH_S * 2)
+    assert rounds_in(file) == [4], "what is open stays"
+    assert verify(file).problems == []
+
+
 def test_nothing_goes_that_no_checkpoint_covers(file: Path) -> None:
     write_journal(file, rounds(10))
     assert prune_file(file, Retention(keep_s=0, keep_bytes=0), EPOCH_S * 2) == PruneReport()

@@ -1,6 +1,7 @@
 """An operator that does not read what its streamed rounds are told: the rounds go on, and nothing piles up."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from coordination import PATIENCE_S, Fleet, coordinating, until
 from quorate_agent import Agent
 from quorate_coordinator import operators, telling
 from quorate_coordinator.certificates import DevelopmentCredentials
-from quorate_coordinator.telling import Told, Untaken
+from quorate_coordinator.telling import AllUntaken, Told, Untaken
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.channel import Channel
 from quorate_protocol.errors import CallFailed, Code
@@ -28,7 +29,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
 
 
 async def test_parts_are_left_out_once_the_outcome_is_there() -> None:
-    untaken = Untaken(1 << 30)
+    untaken = Untaken(AllUntaken(2 << 30))
     told = Told(untaken)
     told.put(Opened(round=1, selected=["a", "b"], quorum=1, deadline_s=1.0))
     for agent in ("a", "b"):
@@ -40,7 +41,7 @@ async def test_parts_are_left_out_once_the_outcome_is_there() -> None:
 
 
 async def test_parts_that_have_no_room_are_left_out() -> None:
-    untaken = Untaken(1 << 30)
+    untaken = Untaken(AllUntaken(2 << 30))
     told = Told(untaken)
     part = Part(round=1, result=AgentResult(agent="a", status="replied", body=bytes(1_000_000)))
     for _ in range(100):
@@ -55,7 +56,7 @@ async def test_parts_that_have_no_room_are_left_out() -> None:
 
 def test_the_largest_answer_does_not_count() -> None:
     """Who asks one question after the other may have taken all of an answer before the coordinator knows."""
-    untaken = Untaken(1 << 30)
+    untaken = Untaken(AllUntaken(2 << 30))
     large_one, other = bytes(100 << 20), bytes(65 << 20)
     with untaken.holding(large_one):
         untaken.check_room()
@@ -63,6 +64,25 @@ def test_the_largest_answer_does_not_count() -> None:
             untaken.check_room()
         untaken.check_room()
     assert untaken.memory_bytes == 0
+
+
+def test_where_all_together_hold_too_much_those_who_hold_something_are_refused() -> None:
+    everybody = AllUntaken(1 << 30)
+    hogs = [Untaken(everybody) for _ in range(6)]
+    honest = Untaken(everybody)
+    with contextlib.ExitStack() as held:
+        for hog in hogs:
+            for _ in range(3):
+                held.enter_context(hog.holding(bytes(20 << 20)))
+        assert everybody.is_full
+        for hog in hogs:
+            with pytest.raises(CallFailed, match="wait for this connection's operator"):
+                hog.check_room()
+        with honest.holding(bytes(5 << 20)):
+            honest.check_room()
+        honest.check_room()
+    assert (everybody.memory_bytes, everybody.is_full) == (0, False)
+    hogs[0].check_room()
 
 
 def large(name: str, size_bytes: int) -> Agent:

@@ -173,12 +173,14 @@ def _choose(
             step.bytes += size + _ROW_BYTES
         elif isinstance(number, int) and number not in seen and number not in retention.rounds:
             seen.add(number)
-            last_seq, last_s, is_closed, all_bytes = connection.execute(
-                "SELECT max(seq), coalesce(max(CAST(at AS REAL)), 0.0), max(kind = 'closed'), "
-                "total(length(payload) + ?) FROM records WHERE round = ?",
+            # What was told of a round that has been taken away stands alone, and is no open one.
+            last_seq, last_s, is_over_and_done, all_bytes = connection.execute(
+                "SELECT max(seq), coalesce(max(CAST(at AS REAL)), 0.0), "
+                "max(kind = 'closed') OR NOT max(kind = 'opened'), total(length(payload) + ?) "
+                "FROM records WHERE round = ?",
                 (_ROW_BYTES, number),
             ).fetchone()
-            if is_closed and last_seq <= bound and (last_s < oldest_s or is_over):
+            if is_over_and_done and last_seq <= bound and (last_s < oldest_s or is_over):
                 step.rounds.append(number)
                 step.bytes += int(all_bytes)
     return step
