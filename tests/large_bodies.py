@@ -14,6 +14,7 @@ import pytest
 from coordination import PATIENCE_S, Fleet, RawPeer, coordinating, until
 from quorate_agent import Agent
 from quorate_agent import worker as agent_worker
+from quorate_agent.core import AgentCore
 from quorate_protocol.blobs import BlobBudget, BlobStore
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.errors import CallFailed, Code, QuorateError, StoppedByPeer
@@ -82,12 +83,6 @@ def digest_of(array: Any) -> str:
     return hashlib.sha256(numpy.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def cores() -> list[Any]:
-    from quorate_agent.core import AgentCore
-
-    return [thing for thing in gc.get_objects() if isinstance(thing, AgentCore)]
-
-
 class Rogue:
     """An agent played by hand, and a question that it was asked."""
 
@@ -149,9 +144,12 @@ async def is_stopped(stream: SendStream, code: Code | None = None) -> bool:
         return code in (None, error.code)
 
 
-def unread_replies() -> int:
-    """Large answers whose agents do not know what has become of them."""
-    return sum(core._replies.bodies_under_way for core in cores())
+def unread_replies(fleet: Fleet) -> int:
+    """Large answers whose agents, which are in this process, do not know what has become of them."""
+    sessions = {fleet.coordinator._fleet.registry.session_of(agent) for agent in fleet.agents}
+    cores = [thing for thing in gc.get_objects() if isinstance(thing, AgentCore)]
+    # Those of other tests may be there still.
+    return sum(core._replies.bodies_under_way for core in cores if core._session and core._session.name in sessions)
 
 
 def break_link(fleet: Fleet, agent: str) -> None:

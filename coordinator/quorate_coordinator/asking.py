@@ -28,6 +28,8 @@ class Asking:
         self.outcome: Final[asyncio.Future[Outcome]] = asyncio.get_running_loop().create_future()
         #: The round, once it is open.
         self.opened: Opened | None = None
+        #: Since when nobody waits, on the loop's clock; None while somebody does.
+        self.deserted_at: float | None = None
         self._cancel = cancel
         self._waiting = 0
         #: Of those who waited, how many are gone and may come back.
@@ -37,11 +39,16 @@ class Asking:
     def join(self, listener: Listener | None) -> None:
         """One more waits. A listener that joins late hears of the opening, and of the parts that end from now on."""
         self._waiting += 1
+        self.deserted_at = None
         self._away = max(0, self._away - 1)  # the same question under the same key: it is one of them
         if listener is not None:
             self._listeners.append(listener)
             if self.opened is not None and not self.outcome.done():
                 listener(self.opened)
+
+    def is_deserted_since(self, moment: float) -> bool:
+        """Whether nobody has waited for its outcome, which is still to come, since then."""
+        return self.deserted_at is not None and self.deserted_at <= moment and not self.outcome.done()
 
     @property
     def is_heard(self) -> bool:
@@ -72,7 +79,10 @@ class Asking:
         self._waiting -= 1
         if listener is not None:
             self._listeners.remove(listener)
-        if self._waiting <= 0 and cancels and not self.outcome.done():
+        if self._waiting > 0 or self.outcome.done():
+            return
+        self.deserted_at = asyncio.get_running_loop().time()
+        if cancels:
             self._cancel(self)
 
     def answer(self, outcome: Outcome) -> None:

@@ -40,6 +40,7 @@ from quorate_coordinator.rounds.events import (
     Event,
     ReplyReceived,
     RoundCancelled,
+    RoundRequested,
     TimerFired,
     TruthRevealed,
 )
@@ -82,6 +83,10 @@ from quorate_protocol.messages import (
 )
 
 log = structlog.get_logger()
+
+#: How long nobody may have waited for a round that has a key before its place may be another's, in seconds: long
+#: enough for an operator that comes back by itself.
+DESERTED_S: Final = 60.0
 
 #: Agents whose replies are counted one by one, the least recently counted go first: ids may be new with every
 #: process of an agent. More than may be connected.
@@ -158,12 +163,14 @@ class Gatherer:
         """The round that was asked for before under the same key. The caller has joined it; its body is not looked at.
 
         Raises:
-            CallFailed: another question was asked under the key.
+            CallFailed: another question was asked under the key; or there was none, and nothing can be recorded now.
         """
         asking = await self._find_asked(ask, question_of(ask))
-        if asking is not None:
-            self.repeated_total += 1
-            asking.join(listener)
+        if asking is None:
+            self._check_recording()
+            return None
+        self.repeated_total += 1
+        asking.join(listener)
         return asking
 
     async def ask(self, ask: Ask, operator: str = "", listener: Listener | None = None) -> Asking:
@@ -177,7 +184,6 @@ class Gatherer:
         if (asking := await self.find_asked(ask, listener)) is not None:
             return asking
         question = question_of(ask)
-        self._check_recording()
         candidates = Candidates(self._fleet.select(ask.task, ask.labels), self._fleet.select_away(ask.task, ask.labels))
         request_id = next(self._request_ids)
         if ask.bulk is not None:
@@ -187,6 +193,7 @@ class Gatherer:
         except BaseException:
             self.shelf.drop(("question", request_id))
             raise
+        self._make_place(request)
         asking = self._asks[request_id] = Asking(request_id, question, self._withdraw)
         asking.join(listener)
         if question.key is not None and question.digest is not None:
@@ -271,9 +278,23 @@ class Gatherer:
         if self._recorder is not None and self._recorder.is_full:
             raise CallFailed("busy", "so many records wait for the disk that no more are taken", retry=True)
 
+    def _make_place(self, request: RoundRequested) -> None:
+        """Gives up rounds that nobody has waited for in a while, the longest first, where there is no place else."""
+        if self.book.has_place_for(request):
+            return
+        before = self._loop.time() - DESERTED_S
+        deserted = [asking for asking in self._asks.values() if asking.is_deserted_since(before)]
+        for asking in sorted(deserted, key=lambda asking: asking.deserted_at or 0.0):
+            self._cancel(asking, "nobody waited for it, and there was no place for another")
+            if self.book.has_place_for(request):
+                return
+
     def _withdraw(self, asking: Asking) -> None:
+        self._cancel(asking, "its operator left")
+
+    def _cancel(self, asking: Asking, reason: str) -> None:
         if asking.opened is not None:
-            self.handle(RoundCancelled(asking.opened.round, "its operator left"))
+            self.handle(RoundCancelled(asking.opened.round, reason))
 
     # --- events ---
 

@@ -16,6 +16,7 @@ from quorate_coordinator.agent_bodies import REFUSALS
 from quorate_coordinator.fleet import Fleet
 from quorate_coordinator.gather import Gatherer
 from quorate_coordinator.learner.api import Learner
+from quorate_coordinator.learner.looking import latencies_of, scores_of
 from quorate_coordinator.operators import Operators
 from quorate_coordinator.recording import Recording
 from quorate_coordinator.rounds.instructions import StrayKind
@@ -97,7 +98,7 @@ class _StateCollector(Collector):
                 ("incomplete",): fleet.resumed_with_gap_total,
             },
         )
-        latencies = {member.agent: learner.latency(member.agent) for member in registry.agents()}
+        latencies = latencies_of(learner, (member.agent for member in registry.agents()))
         yield _gauge(
             "quorate_agent_reply_latency_seconds",
             "Quantiles of the time from asking an agent to its reply.",
@@ -105,7 +106,6 @@ class _StateCollector(Collector):
             {
                 (agent, quantile): value
                 for agent, latency in latencies.items()
-                if latency is not None
                 for quantile, value in (("0.5", latency.p50_s), ("0.99", latency.p99_s))
             },
         )
@@ -133,7 +133,7 @@ class _StateCollector(Collector):
         )
 
     def _learner(self, learner: Learner) -> Iterator[Metric]:
-        scores = learner.scores()
+        scores = scores_of(learner)
         yield _gauge(
             "quorate_agent_weight",
             "The learner's weight of an agent.",

@@ -1,8 +1,9 @@
 """Operators' calls: each on a stream of its own, answered by one message."""
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -228,7 +229,8 @@ class Operators:
         try:
             if made.caller.role == "observer" and not isinstance(request, Agents):
                 raise CallFailed("forbidden", f"an observer may not {call}")
-            made.untaken.check_room()
+            with _refusing_body(made, request):
+                made.untaken.check_room()
             match request:
                 case Ask():
                     answer: Message = await self._ask(made, request)
@@ -286,8 +288,9 @@ class Operators:
         try:
             asking = None
             if ask.bulk is not None:
-                # What was asked before need not be sent once more.
-                asking = await self._gatherer.find_asked(ask, listener)
+                # What was asked before need not be sent once more, nor what cannot be asked now.
+                with _refusing_body(made, ask):
+                    asking = await self._gatherer.find_asked(ask, listener)
                 if asking is not None:
                     made.inbox.refuse(ask.bulk)
                 else:
@@ -301,6 +304,17 @@ class Operators:
             if told is not None:
                 told.close()
             await watch.close()
+
+
+@contextlib.contextmanager
+def _refusing_body(call: Call, request: Message) -> Iterator[None]:
+    """A request that fails in here does so before its body is taken: what comes of it is stopped."""
+    try:
+        yield
+    except CallFailed:
+        if isinstance(request, Ask | Reveal) and request.bulk is not None:
+            call.inbox.refuse(request.bulk)
+        raise
 
 
 async def _give(call: Call, answer: Message) -> None:

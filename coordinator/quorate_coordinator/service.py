@@ -23,6 +23,7 @@ from quorate_coordinator.http import HttpServer
 from quorate_coordinator.journal.database import Lock
 from quorate_coordinator.learner.api import Learner
 from quorate_coordinator.learner.fixed_share import LEARNING_RATE, SHARE
+from quorate_coordinator.learner.looking import latencies_of, scores_of
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.ledger import Ledger
 from quorate_coordinator.metrics import Metrics, Sources
@@ -374,7 +375,7 @@ class Coordinator:
         """Everybody who is known, for `agents` calls."""
         now = asyncio.get_running_loop().time()
         weights: dict[str, dict[str, float]] = {}
-        for score in self._gatherer.learner.scores():
+        for score in scores_of(self._gatherer.learner):
             for agent, agent_score in score.agents.items():
                 weights.setdefault(agent, {})[score.task] = agent_score.weight
         assignments: Counter[str] = Counter()
@@ -384,8 +385,10 @@ class Coordinator:
             if status == "replied":
                 replies[agent] += count
         infos = []
-        for member in self._fleet.registry.agents():
-            latency = self._gatherer.learner.latency(member.agent)
+        members = self._fleet.registry.agents()
+        latencies = latencies_of(self._gatherer.learner, (member.agent for member in members))
+        for member in members:
+            latency = latencies.get(member.agent)
             is_live = member.state in ("connected", "suspect", "draining")
             infos.append(
                 AgentInfo(

@@ -174,7 +174,7 @@ class TestBadReplies:
         client = await fleet.operator()
         outcome = await client.ask("t", 1)
         assert "no room for a body of" in outcome.results[0].error
-        await until(lambda: not unread_replies())
+        await until(lambda: not unread_replies(fleet))
         await client.drain("a")
         await asyncio.wait_for(fleet.agents["a"], PATIENCE_S)
         assert refused(fleet) == {"spool-full": 1}

@@ -298,7 +298,7 @@ class TestBrokenLinksAndASlowDisk:
         client = await fleet.operator()
         disk.stop_after(8 * MIB)
         asking = asyncio.create_task(client.ask("t", 1, deadline_s=PATIENCE_S / 2))
-        await until(lambda: disk.waiting and not unread_replies())
+        await until(lambda: disk.waiting and not unread_replies(fleet))
         await go_on_over_another_link(fleet, "a")
         (late,) = answers_of(fleet, "a").values()
         disk.go_on()

@@ -18,7 +18,7 @@ from quorate_coordinator.journal.errors import JournalUnusable
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_coordinator.journal.writer import Journal
-from quorate_coordinator.learner.api import Answer, ClosedRound, Coordination, Report, Request
+from quorate_coordinator.learner.api import Answer, ClosedRound, Coordination, Latency, Report, Request, TaskScore
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.ledger import book_outcome_of
 from quorate_coordinator.recovery import Recovered, recover
@@ -281,6 +281,35 @@ async def test_a_plan_that_is_none_costs_the_learners_advice_alone(tmp_path: Pat
         assert (await operator.ask("echo", 1, key="numpy")).quorum == 2
         assert len(fleet.coordinator._gatherer.shelf) == 0
     assert recovering(tmp_path / JOURNAL_NAME).damaged == ()
+
+
+class Silent(VoteLearner):
+    """Tells nothing of its agents that can be told."""
+
+    is_well = True
+
+    def scores(self) -> tuple[TaskScore, ...]:
+        return super().scores() if self.is_well else (None,)  # type: ignore[return-value]
+
+    def latency(self, agent: str) -> Latency | None:
+        return super().latency(agent) if self.is_well else 1 / 0  # type: ignore[return-value]
+
+
+async def test_a_learner_that_cannot_tell_of_its_agents_costs_those_figures_alone(tmp_path: Path) -> None:
+    learner = Silent()
+    async with coordinating(tmp_path, learner=learner) as fleet:
+        await fleet.join(echo("a"))
+        operator = await fleet.operator()
+        await operator.reveal((await operator.ask("echo", 1)).round, 1)
+        (before,) = (await operator.agents()).agents
+        assert before.latency_p50_s is not None
+        assert before.weights == {"echo": 1.0}
+        learner.is_well = False
+        (after,) = (await operator.agents()).agents
+        assert (after.agent, after.replies, after.latency_p50_s, after.weights) == ("a", 1, None, {})
+        names = {key[0] for key in fleet.metrics()}
+        assert "quorate_rounds_total" in names
+        assert not {"quorate_agent_weight", "quorate_agent_reply_latency_seconds"} & names
 
 
 @pytest.mark.parametrize("state", ["text", bytearray(b"x")], ids=["text", "bytearray"])

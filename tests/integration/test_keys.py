@@ -14,7 +14,7 @@ from agent_making import Gated, echo
 from coordination import PATIENCE_S, Fleet, coordinating, until
 from journal_making import closed as done
 from journal_making import opened, read_journal, write_journal
-from quorate_coordinator import idempotency
+from quorate_coordinator import gather, idempotency
 from quorate_coordinator.idempotency import digest_of, earlier_digest_of
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.records import RoundClosed, RoundOpened
@@ -22,8 +22,9 @@ from quorate_protocol.blobs import blob_of
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.bulk import header_for, ref_to, send_blob
 from quorate_protocol.channel import Channel
+from quorate_protocol.client import Client
 from quorate_protocol.errors import CallFailed, ConnectionClosed, StoppedByPeer
-from quorate_protocol.messages import Ask, Outcome
+from quorate_protocol.messages import Ask, CallError, Outcome
 
 
 @pytest.fixture
@@ -425,3 +426,100 @@ async def test_without_a_journal_keys_live_as_long_as_the_coordinator(tmp_path: 
     assert not (tmp_path / "journal.sqlite3").exists()
     # Round numbers go on all the same.
     assert outcome.round > 1
+
+
+async def test_a_body_whose_call_is_refused_before_it_is_taken_is_stopped(fleet: Fleet) -> None:
+    """Begun or still to come; and the next question with the same body is taken."""
+    await fleet.join(echo("a"))
+    client, peer = await fleet.operator(), await fleet.peer()
+    await client.ask("echo", 1, key="used")
+    await peer.hello("op", role="operator", tasks=())
+    blob = blob_of([encode_body("x" * (3 << 20))])
+    budget = fleet.coordinator._fleet._desk.store.budget
+
+    async def refused_ask() -> None:
+        channel = Channel(await peer.open())
+        await channel.send(Ask(task="echo", bulk=ref_to(blob), key="used"))
+        refused = await channel.receive()
+        assert isinstance(refused, CallError)
+        assert "was used for another question" in refused.message
+
+    begun = await peer.connection.open_uni_stream()
+    await begun.send(header_for(blob, "ask").to_frame() + b"x" * 1000)
+    await until(lambda: budget.memory_bytes + budget.disk_bytes)
+    await refused_ask()
+    with pytest.raises(StoppedByPeer):
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                await begun.send(b"x" * 1000)
+                await asyncio.sleep(0.002)
+    await refused_ask()
+    with pytest.raises(StoppedByPeer):
+        await send_blob(peer.connection, blob, header_for(blob, "ask"))
+    await until(lambda: budget.memory_bytes + budget.disk_bytes == 0)
+    channel = Channel(await peer.open())
+    await channel.send(Ask(task="echo", bulk=ref_to(blob)))
+    await send_blob(peer.connection, blob, header_for(blob, "ask"))
+    assert isinstance(await channel.receive(), Outcome)
+    await peer.leave()
+
+
+class Crowded:
+    """A coordinator that takes two rounds at once, and both are those of an operator that is gone."""
+
+    def __init__(self, fleet: Fleet, gated: Gated) -> None:
+        self.fleet, self.gated = fleet, gated
+
+    @classmethod
+    async def of(cls, fleet: Fleet) -> "Crowded":
+        gated = Gated("a")
+        await fleet.join(gated.agent, echo("free"))
+        gone = await fleet.operator()
+        asks = [asyncio.create_task(cls.ask(gone, n)) for n in range(2)]
+        await until(lambda: gated.begun == 2)
+        await gone.close()
+        await asyncio.gather(*asks, return_exceptions=True)
+        gatherer = fleet.coordinator._gatherer
+        await until(lambda: all(asking.deserted_at is not None for asking in gatherer._asks.values()))
+        return cls(fleet, gated)
+
+    @staticmethod
+    async def ask(client: Client, number: int) -> Outcome:
+        return await client.ask("echo", number, key=f"k-{number}", quorum=1.0, deadline_s=86400.0)
+
+
+@pytest.fixture
+async def crowded(tmp_path: Path) -> AsyncIterator[Crowded]:
+    async with coordinating(tmp_path / "state", rounds={"in_flight_max": 2}) as fleet:
+        yield await Crowded.of(fleet)
+
+
+async def test_rounds_that_nobody_waits_for_keep_their_place_for_a_while(crowded: Crowded) -> None:
+    client = await crowded.fleet.operator()
+    with pytest.raises(CallFailed, match="2 rounds are in flight, as many as there may be"):
+        await client.ask("echo", "new")
+    asking = asyncio.create_task(crowded.ask(client, 0))
+    await until(lambda: crowded.fleet.coordinator._gatherer.repeated_total == 1)
+    crowded.gated.gate.set()
+    assert (await got(asking)).round == 1
+
+
+async def test_rounds_that_nobody_has_waited_for_make_place_for_others(
+    crowded: Crowded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that was left first goes first; what somebody waits for again stays."""
+    monkeypatch.setattr(gather, "DESERTED_S", 0.0)
+    client = await crowded.fleet.operator()
+    joined = asyncio.create_task(crowded.ask(client, 0))
+    await until(lambda: crowded.fleet.coordinator._gatherer.repeated_total == 1)
+    assert (await client.ask("echo", "new", quorum=1)).value == "new"
+    await until(lambda: crowded.gated.cancelled)
+    assert closed(crowded.fleet) == {"cancelled": 1, "quorate": 1}
+    waiting = asyncio.create_task(client.ask("echo", 3, quorum=1.0))
+    await until(lambda: crowded.fleet.coordinator._gatherer.book.in_flight == 2)
+    with pytest.raises(CallFailed, match="2 rounds are in flight, as many as there may be"):
+        await client.ask("echo", "more")
+    crowded.gated.gate.set()
+    assert [(await got(one)).value for one in (joined, waiting)] == [0, 3]
+    # The key of the other is free: a new round.
+    assert (await crowded.ask(client, 1)).round > 2

@@ -197,6 +197,10 @@ class RoundBook:
         round_ = self._rounds.get(round_id)
         return 0.0 if round_ is None else max(0.0, round_.deadline_at - now)
 
+    def has_place_for(self, request: RoundRequested) -> bool:
+        """Whether one round more, with this question, may be in flight beside all the others."""
+        return not self._explain_no_place(request)
+
     @property
     def is_draining(self) -> bool:
         """Whether new requests are rejected for good."""
@@ -240,7 +244,7 @@ class RoundBook:
             return [_reject(event, "no-agents", f"no agent can be asked to {event.task}", retry=True)]
         except PolicyConflict as conflict:
             return [_reject(event, "bad-request", str(conflict), retry=isinstance(conflict, TooFewSelected))]
-        if (busy := self._explain_busy(event)) is not None:
+        if busy := self._explain_no_place(event) or self._explain_busy(event):
             return [_reject(event, "busy", busy, retry=True)]
         self._last_id = round_.id
         self._rounds[round_.id] = round_
@@ -251,18 +255,22 @@ class RoundBook:
         self._hold(round_.id, round_.body_bytes)
         return round_.open() + self._settle(round_)
 
-    def _explain_busy(self, event: RoundRequested) -> str | None:
+    def _explain_no_place(self, event: RoundRequested) -> str:
         limits = self.limits
         if len(self._rounds) >= limits.in_flight_max:
             return f"{len(self._rounds)} rounds are in flight, as many as there may be"
-        if event.operator and self._in_flight_of_operator[event.operator] >= limits.in_flight_per_operator_max:
-            return f"{limits.in_flight_per_operator_max} rounds of this operator are in flight, as many as may be"
         if self._held_bytes + inline_bytes(event.body) > limits.held_bytes_max:
             return f"rounds in flight hold {self._held_bytes} bytes, and may hold {limits.held_bytes_max}"
+        return ""
+
+    def _explain_busy(self, event: RoundRequested) -> str:
+        limits = self.limits
+        if event.operator and self._in_flight_of_operator[event.operator] >= limits.in_flight_per_operator_max:
+            return f"{limits.in_flight_per_operator_max} rounds of this operator are in flight, as many as may be"
         for agent in event.selected + event.away:
             if self.in_flight_of(agent) >= limits.in_flight_per_agent_max:
                 return f"{self.in_flight_of(agent)} rounds wait for agent {agent}, as many as may"
-        return None
+        return ""
 
     def _take_reply(self, event: ReplyReceived, now: float) -> list[Instruction]:
         round_ = self._find(event.round)
