@@ -47,7 +47,7 @@ demo: $(STAMP) ## one coordinator and six agents on a real data set (ARGS="--dat
 
 .PHONY: test
 test: lint ## lint, then all tests (ARGS="-k settings")
-	@$(BIN)/python -m pytest --durations=15 --durations-min=1 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 --durations-min=1 $(ARGS)
 
 .PHONY: fuzz
 fuzz: $(STAMP) ## look for trouble in the wire and the transport (FUZZ_SECONDS=600 for most tests; 60)

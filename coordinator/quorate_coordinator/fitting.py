@@ -1,7 +1,9 @@
-"""Outcomes as frames: what has no room in one goes on streams of its own; of very many agents, some are left out."""
+"""Answers as frames: an outcome's bodies that have no room in one go on streams of their own; of very many agents, some
+are left out."""
 
 import asyncio
 import contextlib
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import msgpack
@@ -11,7 +13,7 @@ from quorate_protocol.bulk import ref_to
 from quorate_protocol.errors import FrameTooLarge
 from quorate_protocol.fields import BodyRef, inline_bytes
 from quorate_protocol.limits import FRAME_BYTES_MAX, STREAMS_MAX
-from quorate_protocol.messages import AgentResult, CallError, Message, Outcome
+from quorate_protocol.messages import AgentInfo, AgentResult, Fleet, Message, Outcome, Revealed
 
 #: Characters of an agent's error that stay where an outcome has no room for all.
 _ERROR_CHARS_LEFT: Final = 200
@@ -31,14 +33,14 @@ _LEFT_OUT_BYTES: Final = 18
 
 async def fit(answer: Message) -> tuple[Message, bytes]:
     """The answer as it is told, and its frame. What is large is done in a thread."""
-    if isinstance(answer, Outcome):
-        return await _fit_any_outcome(answer)
-    try:
-        return answer, answer.to_frame()
-    except FrameTooLarge as error:
-        message = f"the answer of {error.frame_bytes} bytes is over the {error.frame_bytes_max} that a frame may have"
-        failure = CallError(reason="internal", message=message)
-        return failure, failure.to_frame()
+    match answer:
+        case Outcome():
+            return await _fit_any_outcome(answer)
+        case Fleet(agents=many) | Revealed(right=many) if len(many) > _RESULTS_MAX:
+            return await asyncio.to_thread(_fit_listing, answer)
+        case Fleet() | Revealed():
+            return _fit_listing(answer)
+    return answer, answer.to_frame()
 
 
 async def _fit_any_outcome(outcome: Outcome) -> tuple[Outcome, bytes]:
@@ -59,8 +61,30 @@ def _fit_outcome(outcome: Outcome) -> tuple[Outcome, bytes]:
     if excess_bytes > 0:
         outcome, excess_bytes = _move_out(outcome)
     if excess_bytes > 0:
-        outcome = _leave_out(outcome, excess_bytes)
+        sizes = [_packed_bytes(result) for result in outcome.results]
+        left = len(sizes) - _how_many(reversed(sizes), excess_bytes)
+        outcome = outcome.model_copy(update={"results": outcome.results[:left], "left_out": len(sizes) - left})
     return outcome, outcome.to_frame()
+
+
+def _fit_listing(answer: Fleet | Revealed) -> tuple[Fleet | Revealed, bytes]:
+    """The answer and its frame: without those agents that take most, where not all have room."""
+    excess_bytes = _excess_bytes(answer)
+    if excess_bytes > 0 and isinstance(answer, Fleet):
+        # One with many labels must not hide the others.
+        sizes = sorted(((_packed_bytes(one), one.agent) for one in answer.agents), reverse=True)
+        gone = {agent for _, agent in sizes[: _how_many((size for size, _ in sizes), excess_bytes)]}
+        agents = [one for one in answer.agents if one.agent not in gone]
+        answer = answer.model_copy(update={"agents": agents, "left_out": len(gone)})
+    elif excess_bytes > 0 and isinstance(answer, Revealed):
+        right, weights = dict(answer.right), dict(answer.weights)
+        sizes = sorted(((_entry_bytes(one, right, weights), one) for one in {*right, *weights}), reverse=True)
+        gone = {agent for _, agent in sizes[: _how_many((size for size, _ in sizes), excess_bytes)]}
+        for agent in gone:
+            right.pop(agent, None)
+            weights.pop(agent, None)
+        answer = answer.model_copy(update={"right": right, "weights": weights, "left_out": len(gone)})
+    return answer, answer.to_frame()
 
 
 def _move_out(outcome: Outcome) -> tuple[Outcome, int]:
@@ -85,22 +109,30 @@ def _move_out(outcome: Outcome) -> tuple[Outcome, int]:
     return outcome, _excess_bytes(outcome)
 
 
-def _leave_out(outcome: Outcome, excess_bytes: int) -> Outcome:
-    results = list(outcome.results)
-    excess_bytes += _LEFT_OUT_BYTES
-    while excess_bytes > 0:
-        excess_bytes -= _packed_bytes(results.pop())
-    left_out = len(outcome.results) - len(results)
-    return outcome.model_copy(update={"results": results, "left_out": left_out})
+def _how_many(sizes: Iterable[int], excess_bytes: int) -> int:
+    """How many of the first have to go so that so many bytes are saved; and that it can be said how many."""
+    missing_bytes = excess_bytes + _LEFT_OUT_BYTES
+    count = 0
+    for size in sizes:
+        if missing_bytes <= 0:
+            break
+        missing_bytes -= size
+        count += 1
+    return count
 
 
-def _packed_bytes(result: AgentResult) -> int:
+def _packed_bytes(result: AgentResult | AgentInfo) -> int:
     return len(msgpack.packb(result.model_dump(exclude_defaults=True)))
 
 
-def _excess_bytes(outcome: Outcome) -> int:
+def _entry_bytes(key: str, *maps: Mapping[str, object]) -> int:
+    """What a key takes in some maps."""
+    return sum(len(msgpack.packb({key: values[key]})) - 1 for values in maps if key in values)
+
+
+def _excess_bytes(answer: Message) -> int:
     try:
-        outcome.to_frame()
+        answer.to_frame()
     except FrameTooLarge as error:
         return error.frame_bytes - error.frame_bytes_max
     return 0

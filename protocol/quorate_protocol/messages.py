@@ -470,6 +470,8 @@ class Revealed(Message, type="revealed"):
     right: dict[Name, bool] = Field(default_factory=dict)
     #: Weights after learning, by agent, for the round's task.
     weights: dict[Name, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    #: How many agents are missing from both, because they had no room in a frame.
+    left_out: Count = 0
 
 
 class Agents(Message, type="agents"):
@@ -506,6 +508,8 @@ class Fleet(Message, type="fleet"):
     rounds_open: Annotated[int, Field(ge=0)]
     rounds_closed: dict[str, int] = Field(default_factory=dict)
     agents: list[AgentInfo]
+    #: How many agents more there are that had no room in a frame: those with the most labels, tasks and weights.
+    left_out: Count = 0
 
 
 class DrainAgent(Message, type="drain-agent"):

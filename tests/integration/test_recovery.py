@@ -166,6 +166,9 @@ async def test_a_feed_that_lost_its_coordinator_says_how_to_go_on(restarting: Re
         async with running(*feed, "--skip", "1", **restarting.environ) as feeding:
             await feeding.write("x,y\n0,0\n1,1\n2,2\n")
             await until(lambda: sum(isinstance(one, TruthTold) for one in records_in(restarting.journal)) == 2)
+            async with restarting.client() as client:
+                # What is recorded later is announced later: it has been told of its second truth.
+                await client.ask("echo", 1)
             await restarting.kill()
             await restarting.start()
             await feeding.write("3,3\n")

@@ -97,6 +97,15 @@ def test_a_fleet_without_labels_has_no_such_column(terminal: None, capsys: pytes
     assert "labels" not in lines[1]
 
 
+def test_of_agents_that_are_not_listed_it_is_said_how_many_there_are(
+    pipe: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _print_fleet("quic://h", Fleet(software="q", uptime_s=1.0, rounds_open=0, agents=AGENTS, left_out=1200))
+    shown = capsys.readouterr()
+    assert shown.err == "1200 agents more have no room in one listing; metrics tell of all\n"
+    assert len(shown.out.splitlines()) == 2 + len(AGENTS)
+
+
 def test_a_fleet_on_a_pipe_is_one_line_for_each_agent(pipe: None, capsys: pytest.CaptureFixture[str]) -> None:
     _print_fleet("quic://h", Fleet(software="q", uptime_s=1.0, rounds_open=0, agents=AGENTS))
     columns, *rows = [line.split("\t") for line in shown(capsys)[1:]]

@@ -1,13 +1,14 @@
-"""Outcomes as frames: of very many agents, the results that have room, and how many had none."""
+"""Answers as frames: of very many agents, those that have room, and how many had none."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from quorate_coordinator.fitting import fit
 from quorate_protocol.frames import FrameDecoder
 from quorate_protocol.limits import FRAME_BYTES_MAX, FRAME_PREFIX_BYTES
-from quorate_protocol.messages import AgentResult, CallError, Draining, Fleet, Outcome, parse_message
+from quorate_protocol.messages import AgentInfo, AgentResult, Draining, Fleet, Outcome, Revealed, parse_message
 
 
 def outcome_of(agents: int, *, body_bytes: int = 1) -> Outcome:
@@ -76,11 +77,52 @@ async def test_a_large_outcome_does_not_hold_up_the_loop() -> None:
     assert turns > 10
 
 
-async def test_another_answer_that_has_no_room_is_an_error() -> None:
+def info_of(number: int, **more: Any) -> AgentInfo:
+    return AgentInfo(agent=f"sensor-{number:05}.site", state="connected", tasks=["t"], weights={"t": 0.125}, **more)
+
+
+def listing_of(agents: list[AgentInfo]) -> Fleet:
+    return Fleet(software="q", uptime_s=1.0, rounds_open=0, agents=agents)
+
+
+@pytest.mark.parametrize("agents", [16_000, 20_000])
+async def test_of_a_fleet_without_room_as_many_are_listed_as_have_some(agents: int) -> None:
+    fleet = listing_of([info_of(number) for number in range(agents)])
+    told, frame = await fit(fleet)
+    assert isinstance(told, Fleet)
+    assert FRAME_BYTES_MAX - 300 < len(frame) <= FRAME_PREFIX_BYTES + FRAME_BYTES_MAX
+    assert len(told.agents) + told.left_out == agents
+    assert told.left_out
+    assert [one.agent for one in told.agents] == sorted(one.agent for one in told.agents)
+
+
+async def test_agents_with_very_many_labels_do_not_hide_the_others() -> None:
+    """A hello may have 64 KiB of them."""
+    fat = {f"{number:04}": "x" * 250 for number in range(240)}
+    agents = [info_of(number, labels=fat if number % 50 == 0 else {}) for number in range(1000)]
+    told, _ = await fit(listing_of(agents))
+    assert isinstance(told, Fleet)
+    assert 0 < told.left_out < 20
+    assert [one for one in told.agents if not one.labels] == [one for one in agents if not one.labels]
+
+
+async def test_a_fleet_that_has_room_is_told_whole() -> None:
+    fleet = listing_of([info_of(number) for number in range(5_000)])
+    assert (await fit(fleet))[0] == fleet
     assert await fit(Draining(agent="a")) == (Draining(agent="a"), Draining(agent="a").to_frame())
-    fleet = Fleet(
-        software="q", uptime_s=1.0, rounds_open=0, agents=[], rounds_closed={str(n): n for n in range(200_000)}
+
+
+@pytest.mark.parametrize("scored", [1, 2, 7])
+async def test_of_a_truth_about_very_many_agents_as_many_are_told_as_have_room(scored: int) -> None:
+    """Some that did not reply have weights all the same."""
+    names = [f"sensor-{number:05}.site" for number in range(50_000)]
+    revealed = Revealed(
+        round=1, correct=True, right=dict.fromkeys(names[::scored], True), weights=dict.fromkeys(names, 1 / 50_000)
     )
-    told, _ = await fit(fleet)
-    assert isinstance(told, CallError)
-    assert told.reason == "internal"
+    told, frame = await fit(revealed)
+    assert isinstance(told, Revealed)
+    assert FRAME_BYTES_MAX - 300 < len(frame) <= FRAME_PREFIX_BYTES + FRAME_BYTES_MAX
+    assert len(told.weights) + told.left_out == 50_000
+    assert set(told.right) == set(told.weights) & set(revealed.right)
+    few = Revealed(round=1, right={"a": True}, weights={"a": 1.0})
+    assert await fit(few) == (few, few.to_frame())

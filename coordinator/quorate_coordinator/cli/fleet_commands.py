@@ -85,7 +85,9 @@ async def _await_leaving(client: Client, agent: str, wait_s: float) -> str:
     ends_at = time.monotonic() + wait_s
     while True:
         fleet = await client.agents()
-        state: str = next((info.state for info in fleet.agents if info.agent == agent), "unknown")
+        # One that has no room in the listing may be there still.
+        unlisted = "draining" if fleet.left_out else "unknown"
+        state: str = next((info.state for info in fleet.agents if info.agent == agent), unlisted)
         if state in _GONE or time.monotonic() >= ends_at:
             return state
         await asyncio.sleep(_LEFT_POLL_S)
@@ -107,9 +109,11 @@ def _print_fleet(coordinator: str, fleet: Fleet) -> None:
         markup=False,
         soft_wrap=True,
     )
-    if not fleet.agents:
+    if not fleet.agents and not fleet.left_out:
         console.print("no agents have joined yet; start one with: quorate-agent run MODULE:ATTRIBUTE", style="yellow")
         return
+    if fleet.left_out:
+        typer.echo(f"{fleet.left_out} agents more have no room in one listing; metrics tell of all", err=True)
     if not console.is_terminal:
         typer.echo("agent\tstate\ttasks\tlabels\treplies\tlatency_p50_ms\tlatency_p99_ms\tweight\tseen")
         for agent in fleet.agents:
