@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import pytest
 
 from coordination import PATIENCE_S, Fleet, RawPeer, coordinating, until
 from quorate_agent import Agent
-from quorate_agent import worker as agent_worker
 from quorate_agent.core import AgentCore
-from quorate_protocol.blobs import BlobBudget, BlobStore
+from quorate_protocol.blobs import BlobBudget
 from quorate_protocol.bodies import encode_body
 from quorate_protocol.errors import CallFailed, Code, QuorateError, StoppedByPeer
 from quorate_protocol.messages import (
@@ -59,19 +57,6 @@ async def emptied(state_dir: Path, **sections: Any) -> AsyncIterator[Fleet]:
         await until(lambda: len(fleet.coordinator._gatherer.shelf) == 0)
         await until(lambda: held_bytes(fleet) == 0)
         assert list((state_dir / "spool").iterdir()) == []
-
-
-def note_agent_stores(monkeypatch: pytest.MonkeyPatch) -> list[BlobStore]:
-    """The stores of the agents that are made from here on, for looking at."""
-    stores: list[BlobStore] = []
-    make = agent_worker.make_private_store
-
-    def noted() -> BlobStore:
-        stores.append(make())
-        return stores[-1]
-
-    monkeypatch.setattr(agent_worker, "make_private_store", noted)
-    return stores
 
 
 def refused(fleet: Fleet) -> dict[str, float]:

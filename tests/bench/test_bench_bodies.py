@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,6 @@ from quorate_coordinator.bench.bodies.loop_watch import LoopTurn, WatchedSelecto
 from quorate_coordinator.bench.bodies.plan import quick
 from quorate_coordinator.bench.bodies.run import Turns
 from quorate_coordinator.bench.bodies.side import Turn
-
-
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """A directory whose name is short: the benchmark's sockets have theirs in it."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 async def test_all_is_measured_and_written_and_nothing_is_left(tmp_path: Path, scratch: Path) -> None:

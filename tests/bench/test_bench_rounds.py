@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,6 @@ from links import until
 from processes import processes_with, quorate, running
 from quorate_coordinator.bench.rounds.run import SCENARIOS, Scenario
 from quorate_coordinator.bench.rounds.side import Turn
-
-
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """A directory whose name is short: the benchmark's sockets have theirs in it."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 def names_in(folder: Path) -> list[str]:

@@ -21,7 +21,6 @@ from large_bodies import (
     emptied,
     held_bytes,
     noise,
-    note_agent_stores,
     refused,
     rogue,
     unread_replies,
@@ -49,11 +48,6 @@ from quorate_protocol.transport import ReceiveStream
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     async with emptied(tmp_path, rounds={"deadline_s": PATIENCE_S}) as fleet:
         yield fleet
-
-
-@pytest.fixture
-def agent_stores(monkeypatch: pytest.MonkeyPatch) -> list[BlobStore]:
-    return note_agent_stores(monkeypatch)
 
 
 class SlowDisk:

@@ -21,7 +21,6 @@ from large_bodies import (
     held_bytes,
     is_stopped,
     noise,
-    note_agent_stores,
     refused,
     rogue,
 )
@@ -48,11 +47,6 @@ from quorate_protocol.transport import ClientTls
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     async with emptied(tmp_path, rounds={"deadline_s": PATIENCE_S}) as fleet:
         yield fleet
-
-
-@pytest.fixture
-def agent_stores(monkeypatch: pytest.MonkeyPatch) -> list[BlobStore]:
-    return note_agent_stores(monkeypatch)
 
 
 class TestValues:

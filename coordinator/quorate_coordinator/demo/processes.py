@@ -24,6 +24,11 @@ _STOP_TIMEOUT_S: Final = 15.0
 _UNLESS_ORPHANED: Final = '[ "$PPID" = "$0" ] && exec "$@"'
 
 
+def clean_environ(**more: str) -> dict[str, str]:
+    """This process's environment without what the shell has set for other coordinators, and more."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("QUORATE_")} | more
+
+
 class DemoFailed(QuorateError):
     """A process of the demo, or of a benchmark, did not start or ended early. `log_tail` has the end of its log."""
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -15,6 +14,7 @@ from quorate_coordinator.cli.common import print_json
 from quorate_coordinator.demo.examples import CLASSIFIERS, TASK, examples_directory
 from quorate_coordinator.demo.processes import (
     Processes,
+    clean_environ,
     reachable,
     ready_socket,
     unless_one_ends,
@@ -122,9 +122,7 @@ async def _fleet(
     with raised_by_sigterm(), tempfile.TemporaryDirectory(prefix="quorate-demo-") as name:
         directory = Path(name)
         processes = Processes(directory)
-        # Whatever this shell has set for other coordinators is not meant for this one.
-        env = {key: value for key, value in os.environ.items() if not key.startswith("QUORATE_")}
-        env["QUORATE_STATE_DIR"] = str(directory / "state")
+        env = clean_environ(QUORATE_STATE_DIR=str(directory / "state"))
         try:
             if not quiet:
                 typer.echo("starting a coordinator and six agents ...", err=True)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -15,7 +14,14 @@ from quorate_coordinator.bench.bodies.moving import DEADLINE_S, TASK
 from quorate_coordinator.bench.bodies.plan import PERIOD_S
 from quorate_coordinator.certificates import DevelopmentCredentials
 from quorate_coordinator.demo.examples import examples_directory
-from quorate_coordinator.demo.processes import DemoFailed, Processes, ready_socket, wait_joined, wait_ready
+from quorate_coordinator.demo.processes import (
+    DemoFailed,
+    Processes,
+    clean_environ,
+    ready_socket,
+    wait_joined,
+    wait_ready,
+)
 from quorate_protocol.client import Client
 from quorate_protocol.credentials import find_token
 from quorate_protocol.transport import ClientTls
@@ -152,10 +158,8 @@ async def side(directory: Path, credentials: DevelopmentCredentials, agents: int
     """
     processes = Processes(directory)
     token = find_token(credentials.token_file)
-    # Whatever this shell has set for other coordinators is not meant for this one.
-    env = {key: value for key, value in os.environ.items() if not key.startswith("QUORATE_")}
     # One that is ended before its time leaves its spool's directory, which is empty, and goes with ours.
-    env |= {"QUORATE_TOKEN": token, "QUORATE_CA": str(credentials.ca_file), "TMPDIR": str(directory)}
+    env = clean_environ(QUORATE_TOKEN=token, QUORATE_CA=str(credentials.ca_file), TMPDIR=str(directory))
     try:
         with ready_socket(directory) as (ready, notify_env):
             settings = {

@@ -12,7 +12,14 @@ from typing import Final, Literal
 
 from quorate_coordinator.certificates import DevelopmentCredentials
 from quorate_coordinator.demo.examples import examples_directory
-from quorate_coordinator.demo.processes import DemoFailed, Processes, ready_socket, wait_joined, wait_ready
+from quorate_coordinator.demo.processes import (
+    DemoFailed,
+    Processes,
+    clean_environ,
+    ready_socket,
+    wait_joined,
+    wait_ready,
+)
 from quorate_protocol.client import Client
 from quorate_protocol.credentials import find_token
 from quorate_protocol.transport import ClientTls
@@ -134,9 +141,7 @@ async def side(
     """
     processes = Processes(directory)
     token = find_token(credentials.token_file)
-    # Whatever this shell has set for other coordinators is not meant for these.
-    env = {key: value for key, value in os.environ.items() if not key.startswith("QUORATE_")}
-    env |= {"QUORATE_TOKEN": token, "QUORATE_CA": str(credentials.ca_file)}
+    env = clean_environ(QUORATE_TOKEN=token, QUORATE_CA=str(credentials.ca_file))
     try:
         with ready_socket(directory) as (ready, notify_env):
             settings = {

@@ -13,6 +13,7 @@ from typing import Any, Final
 from quorate_coordinator.bench.transport.link import DEFAULTS, LinkOptions
 from quorate_coordinator.bench.transport.peer import QUORATE, STOCK
 from quorate_coordinator.certificates import DevelopmentCredentials
+from quorate_coordinator.demo.processes import clean_environ
 from quorate_protocol.errors import QuorateError
 
 #: Both, ours first: the order in which everything is measured.
@@ -114,7 +115,7 @@ class Children:
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "quorate_coordinator.bench.transport.peer", side, str(_processor(what))),
-                env={key: value for key, value in os.environ.items() if not key.startswith("QUORATE_")},
+                env=clean_environ(),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=output,
