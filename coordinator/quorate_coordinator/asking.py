@@ -1,12 +1,13 @@
 """A call for a round that is under way, and who waits for it."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
+from quorate_coordinator.fitting import fit
 from quorate_coordinator.ledger import Question
 from quorate_protocol.errors import CallFailed
-from quorate_protocol.messages import Opened, Outcome, Part
+from quorate_protocol.messages import Message, Opened, Outcome, Part
 
 #: Takes what a streamed call is told before its outcome.
 Listener = Callable[[Opened | Part], None]
@@ -30,6 +31,7 @@ class Asking:
         self.opened: Opened | None = None
         #: Since when nobody waits, on the loop's clock; None while somebody does.
         self.deserted_at: float | None = None
+        self._fitted: asyncio.Future[tuple[Message, bytes]] | None = None
         self._cancel = cancel
         self._waiting = 0
         #: Of those who waited, how many are gone and may come back.
@@ -45,10 +47,6 @@ class Asking:
             self._listeners.append(listener)
             if self.opened is not None and not self.outcome.done():
                 listener(self.opened)
-
-    def is_deserted_since(self, moment: float) -> bool:
-        """Whether nobody has waited for its outcome, which is still to come, since then."""
-        return self.deserted_at is not None and self.deserted_at <= moment and not self.outcome.done()
 
     @property
     def is_heard(self) -> bool:
@@ -85,6 +83,16 @@ class Asking:
         if cancels:
             self._cancel(self)
 
+    async def fitted(self) -> tuple[Message, bytes]:
+        """The outcome as it is told, and its frame: one for all who wait.
+
+        Raises:
+            CallFailed: there is none.
+        """
+        if self._fitted is None:
+            self._fitted = asyncio.ensure_future(fit(await asyncio.shield(self.outcome)))
+        return await asyncio.shield(self._fitted)
+
     def answer(self, outcome: Outcome) -> None:
         """It is over and durable."""
         if not self.outcome.done():
@@ -95,3 +103,15 @@ class Asking:
         if not self.outcome.done():
             self.outcome.set_exception(error)
             self.outcome.exception()  # whoever waits sees it; nobody may
+
+
+def deserted_rounds(asks: Iterable[Asking], moment: float) -> Iterator[int]:
+    """Rounds whose outcome is still to come, and that nobody has waited for since then; the longest left first."""
+    deserted = [
+        (ask.deserted_at, ask.opened.round)
+        for ask in asks
+        if ask.opened is not None and ask.deserted_at is not None and not ask.outcome.done()
+    ]
+    for deserted_at, round_id in sorted(deserted):
+        if deserted_at <= moment:
+            yield round_id

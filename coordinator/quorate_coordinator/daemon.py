@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import Mapping
@@ -11,11 +12,15 @@ import structlog
 
 from quorate_coordinator.service import Coordinator
 from quorate_coordinator.settings import Settings
+from quorate_protocol.blobs import SPOOL_BYTES
 from quorate_protocol.transport.address import join_host_port
 
 log = structlog.get_logger()
 
 EXIT_STOPPED: Final = 0
+
+#: Files that may be open beside spooled bodies: HTTP connections, the journal's readers, a socket.
+_OTHER_FILES: Final = 1024
 
 
 async def run_daemon(settings: Settings) -> int:
@@ -27,6 +32,7 @@ async def run_daemon(settings: Settings) -> int:
     Raises:
         ConfigurationError: an address is taken, a file cannot be read.
     """
+    raise_file_limit(settings.bodies.spool_bytes_max)
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
     for caught in (signal.SIGTERM, signal.SIGINT):
@@ -56,6 +62,20 @@ async def run_daemon(settings: Settings) -> int:
         for caught in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(caught)
     return EXIT_STOPPED
+
+
+def raise_file_limit(spool_bytes_max: int) -> None:
+    """Lets this process have as many files open as so full a spool has, and what else it needs.
+
+    Its soft limit is often 1024, for the sake of programs that call select(2), which ours is not.
+    """
+    wanted = spool_bytes_max // SPOOL_BYTES + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        log.warning("few_files_may_be_open", limit=allowed, wanted=wanted, remedy="raise LimitNOFILE, or ulimit -Hn")
 
 
 def notify_supervisor(environ: Mapping[str, str], **fields: str) -> None:

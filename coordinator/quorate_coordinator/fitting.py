@@ -36,7 +36,7 @@ async def fit(answer: Message) -> tuple[Message, bytes]:
     match answer:
         case Outcome():
             return await _fit_any_outcome(answer)
-        case Fleet(agents=many) | Revealed(right=many) if len(many) > _RESULTS_MAX:
+        case Fleet(agents=many) | Revealed(weights=many) if len(many) > _RESULTS_MAX:
             return await asyncio.to_thread(_fit_listing, answer)
         case Fleet() | Revealed():
             return _fit_listing(answer)

@@ -14,7 +14,7 @@ from typing import Final, assert_never
 
 import structlog
 
-from quorate_coordinator.asking import Asking, Listener
+from quorate_coordinator.asking import Asking, Listener, deserted_rounds
 from quorate_coordinator.blob_shelf import BlobShelf
 from quorate_coordinator.gather_ports import Fleet, Recorder
 from quorate_coordinator.idempotency import Keys, check_same, earlier_digest_of, is_final, question_of
@@ -280,21 +280,14 @@ class Gatherer:
 
     def _make_place(self, request: RoundRequested) -> None:
         """Gives up rounds that nobody has waited for in a while, the longest first, where there is no place else."""
-        if self.book.has_place_for(request):
-            return
-        before = self._loop.time() - DESERTED_S
-        deserted = [asking for asking in self._asks.values() if asking.is_deserted_since(before)]
-        for asking in sorted(deserted, key=lambda asking: asking.deserted_at or 0.0):
-            self._cancel(asking, "nobody waited for it, and there was no place for another")
-            if self.book.has_place_for(request):
-                return
+        now = self._loop.time()
+        deserted = deserted_rounds(self._asks.values(), now - DESERTED_S)
+        for round_id in self.book.in_the_way(request, filter(self.book.is_in_flight, deserted), now):
+            self.handle(RoundCancelled(round_id, "nobody waited for it, and there was no place for another"))
 
     def _withdraw(self, asking: Asking) -> None:
-        self._cancel(asking, "its operator left")
-
-    def _cancel(self, asking: Asking, reason: str) -> None:
         if asking.opened is not None:
-            self.handle(RoundCancelled(asking.opened.round, reason))
+            self.handle(RoundCancelled(asking.opened.round, "its operator left"))
 
     # --- events ---
 
@@ -350,6 +343,7 @@ class Gatherer:
 
     def handle(self, event: Event) -> None:
         """Hands an event to the book and carries out what it says."""
+        unopened: list[int] = []
         for instruction in self.book.handle(event, self._loop.time()):
             try:
                 self._carry_out(instruction)
@@ -357,7 +351,12 @@ class Gatherer:
                 # One that fails must take neither the others with it nor who waits for it.
                 log.exception("instruction_failed", instruction=type(instruction).__name__)
                 self._fail_request(instruction)
+                if isinstance(instruction, OpenRound):
+                    unopened.append(instruction.round)
         self._arm()
+        for round_id in unopened:
+            # Nobody waits for it any more.
+            self.handle(RoundCancelled(round_id, "it could not be opened"))
 
     def _fail_request(self, instruction: Instruction) -> None:
         """Answers who waits for an instruction that could not be carried out."""
@@ -504,12 +503,14 @@ class Gatherer:
 
     def _learn(self, instruction: LearnTruth) -> None:
         record, revealed = self.ledger.learn(instruction)
+        answer: Revealed | CallFailed
         if revealed is not None:
-            self._record(record, Announcement(instruction.request_id, revealed))
+            answer = revealed
         else:
-            self._record(record)
             message = f"the learner failed to learn from round {record.round}; the coordinator's log says more"
-            self._answer_error(instruction.request_id, CallFailed("internal", message))
+            answer = CallFailed("internal", message)
+        # The truth is told either way: once that was said, it is not taken again.
+        self._record(record, Announcement(instruction.request_id, answer))
 
     # --- recording ---
 
@@ -559,6 +560,9 @@ class Gatherer:
 
     def _announce(self, announcement: Announcement) -> None:
         answer = announcement.answer
+        if isinstance(answer, CallFailed):
+            self._answer_error(announcement.request_id, answer)
+            return
         if isinstance(answer, Revealed):
             revealing = self._reveals.get(announcement.request_id)
             if revealing is not None and not revealing.done():
@@ -575,13 +579,15 @@ class Gatherer:
 
     def _answer_unrecorded(self, announcement: Announcement) -> None:
         """Answers who waits. The announcement stays held: a key is that round's until it is known whether it lasts."""
-        number, why = announcement.answer.round, self.recording_problem
-        if isinstance(announcement.answer, Revealed):
-            message = f"the truth of round {number} is told, but that cannot be recorded now: {why}"
+        answer, why = announcement.answer, self.recording_problem
+        if isinstance(answer, CallFailed):
+            self._answer_error(announcement.request_id, answer)
+        elif isinstance(answer, Revealed):
+            message = f"the truth of round {answer.round} is told, but that cannot be recorded now: {why}"
             self._answer_error(announcement.request_id, CallFailed("not-recorded", message, retry=True))
         elif (asking := self._asks.get(announcement.request_id)) is not None:
             again = "ask again later" + ("" if asking.question.key is None else " under the same key")
-            message = f"round {number} is over, but that cannot be recorded now: {why}; {again}"
+            message = f"round {answer.round} is over, but that cannot be recorded now: {why}; {again}"
             asking.fail(CallFailed("not-recorded", message, retry=True))
 
 

@@ -30,6 +30,7 @@ from quorate_coordinator.learner.api import AgentReply, Answer, ClosedRound, Exp
 from quorate_coordinator.rounds.instructions import AgentResult as BookResult
 from quorate_coordinator.rounds.instructions import LearnTruth, OfferLateReply, OpenRound
 from quorate_coordinator.rounds.instructions import Outcome as BookOutcome
+from quorate_protocol.errors import CallFailed
 from quorate_protocol.fields import Body, place
 from quorate_protocol.messages import AgentResult, Outcome, Revealed, clip_text
 
@@ -53,7 +54,7 @@ class Announcement:
     """What the call with this number is answered, now that it is durable."""
 
     request_id: int
-    answer: Outcome | Revealed
+    answer: Outcome | Revealed | CallFailed
 
 
 class Ledger:

@@ -41,7 +41,6 @@ from quorate_protocol.messages import (
     Goodbye,
     Hello,
     Message,
-    Outcome,
     Reveal,
     Welcome,
     clip_text,
@@ -215,8 +214,8 @@ class Operators:
             self._owed.discard(this)
             unanswered.discard(stream.id)
 
-    async def _answer(self, made: Call, request: Message) -> Message:
-        """The answer to a request; an error where it cannot be done.
+    async def _answer(self, made: Call, request: Message) -> Message | Asking:
+        """The answer to a request, or the round that has it; an error where it cannot be done.
 
         Raises:
             UnexpectedMessage: no request, or more than one.
@@ -233,7 +232,7 @@ class Operators:
                 made.untaken.check_room()
             match request:
                 case Ask():
-                    answer: Message = await self._ask(made, request)
+                    answer: Message | Asking = await self._ask(made, request)
                 case Reveal():
                     answer = await self._gatherer.reveal(await self._with_body(made, request))
                 case DrainAgent(agent=agent, reason=reason):
@@ -269,7 +268,7 @@ class Operators:
         try:
             if ref.size > self._store.size_bytes_max:
                 raise BodyTooLarge(ref.size, self._store.size_bytes_max)
-            blob = await made.inbox.get(ref, patience_s(ref))
+            blob = await made.inbox.get(ref, patience_s(ref), call=made.id)
         except (ProtocolError, SpoolError, BodyNotReceived) as error:
             self._bodies_refused_total[refusal_of(error)] += 1
             log.warning("body_refused", operator=made.caller.id, call=request.wire_type, reason=str(error))
@@ -280,7 +279,7 @@ class Operators:
         key = "truth" if isinstance(request, Reveal) else "body"
         return request.model_copy(update={key: bytes(blob.view()), "bulk": None})
 
-    async def _ask(self, made: Call, ask: Ask) -> Message:
+    async def _ask(self, made: Call, ask: Ask) -> Asking:
         """A round, from its question to its outcome; its operator may give it up before."""
         watch = _Watch(made.channel)
         told = Told(made.untaken) if ask.stream else None
@@ -292,14 +291,15 @@ class Operators:
                 with _refusing_body(made, ask):
                     asking = await self._gatherer.find_asked(ask, listener)
                 if asking is not None:
-                    made.inbox.refuse(ask.bulk)
+                    made.inbox.refuse(ask.bulk, call=made.id)
                 else:
                     ask = await watch.unless_withdrawn(self._with_body(made, ask))
             if asking is None:
                 asking = await self._gatherer.ask(ask, made.caller.id, listener)
             # Whatever is raised from here on holds this frame: not the question with it.
             del ask
-            return await _follow(made, asking, told, watch)
+            await _follow(made, asking, told, watch)
+            return asking
         finally:
             if told is not None:
                 told.close()
@@ -313,21 +313,21 @@ def _refusing_body(call: Call, request: Message) -> Iterator[None]:
         yield
     except CallFailed:
         if isinstance(request, Ask | Reveal) and request.bulk is not None:
-            call.inbox.refuse(request.bulk)
+            call.inbox.refuse(request.bulk, call=call.id)
         raise
 
 
-async def _give(call: Call, answer: Message) -> None:
+async def _give(call: Call, what: Message | Asking) -> None:
     """Sends an answer; it counts as untaken from when it is there."""
-    with call.untaken.holding(answer):
-        answer, frame = await fit(answer)
+    with call.untaken.holding(what.outcome.result() if isinstance(what, Asking) else what):
+        answer, frame = await (what.fitted() if isinstance(what, Asking) else fit(what))
         with call.untaken.holding(frame):
             await send_answer(call, answer, frame)
             await call.channel.finish()
 
 
-async def _follow(call: Call, asking: Asking, told: Told | None, watch: "_Watch") -> Outcome:
-    """The outcome of a round that was joined, after all that a streamed call is told before."""
+async def _follow(call: Call, asking: Asking, told: Told | None, watch: "_Watch") -> None:
+    """A round that was joined, up to its outcome, and all that a streamed call is told before that."""
     telling = None if told is None else asyncio.ensure_future(told.send(call))
     try:
         if asking.outcome.done():
@@ -340,7 +340,6 @@ async def _follow(call: Call, asking: Asking, told: Told | None, watch: "_Watch"
             with call.untaken.holding(outcome):
                 await asyncio.wait((telling,))
             result_of(telling)
-        return outcome
     finally:
         # First of all: the connection's end cancels this once more while it waits. Who resets or stops the call
         # withdraws it, also where the connection ends right after.

@@ -6,7 +6,7 @@ from typing import Final
 
 import structlog
 
-from quorate_coordinator.learner.api import Coordination, Learner, Request
+from quorate_coordinator.learner.api import Learner, Request
 from quorate_coordinator.rounds.book import RoundBook
 from quorate_coordinator.rounds.events import RoundRequested
 from quorate_coordinator.rounds.policy import RoundPolicy
@@ -72,9 +72,9 @@ class Planner:
         policy = self._policy
         if free:
             load = {agent: self._book.in_flight_of(agent) for agent in free} if ask.count is not None else {}
-            plan = self._consult(Request(task=ask.task, body=body, candidates=free, count=ask.count, load=load))
-            selected = plan.agents
-            policy = policy.override(quorum=plan.quorum, grace_s=plan.grace_s, deadline_s=plan.deadline_s)
+            selected, policy = self._consult(
+                Request(task=ask.task, body=body, candidates=free, count=ask.count, load=load)
+            )
         if ask.count is not None:
             # Those who are away fill the places that are left.
             away = away[: max(0, ask.count - len(selected))]
@@ -96,24 +96,30 @@ class Planner:
             is_streamed=ask.stream or ask.key is not None,
         )
 
-    def _consult(self, request: Request) -> Coordination:
-        """What the learner thinks, in plain values (it may reckon with NumPy).
+    def _consult(self, request: Request) -> tuple[tuple[str, ...], RoundPolicy]:
+        """Whom the learner would ask, and what it would change in the settings' policy, in plain values (it may reckon
+        with NumPy).
 
-        Its faults cost its advice alone: all are asked, or the first of them.
+        Its faults, plans that cannot be kept among them, cost its advice alone: all are asked, or the first of them.
         """
         try:
             plan = self._learner.compute_coordination(request)
             if strangers := set(plan.agents).difference(request.candidates):
                 raise ValueError(f"agents: {min(strangers)!r} is no candidate")
-            return Coordination(
-                agents=tuple(sorted(set(plan.agents))),
+            agents = tuple(sorted(set(plan.agents)))
+            if not agents:
+                raise ValueError("agents: nobody is asked")
+            policy = self._policy.override(
                 quorum=None if plan.quorum is None else int(plan.quorum),
                 grace_s=None if plan.grace_s is None else float(plan.grace_s),
                 deadline_s=None if plan.deadline_s is None else float(plan.deadline_s),
             )
+            if (plan.quorum, plan.grace_s, plan.deadline_s) != (None, None, None):
+                policy.resolve(len(agents))
+            return agents, policy
         except Exception:
             log.exception("learner_failed_to_coordinate", task=request.task)
-            return Coordination(agents=request.candidates[: request.count])
+            return request.candidates[: request.count], self._policy
 
     def _has_room(self, agent: str, more_bytes: int) -> bool:
         owes_too_much = self._book.in_flight_of(agent) >= self._book.limits.in_flight_per_agent_max

@@ -9,7 +9,7 @@ from typing import Final, Self
 import structlog
 
 from quorate_coordinator.journal.database import Lock
-from quorate_coordinator.journal.errors import JournalUnusable
+from quorate_coordinator.journal.errors import JournalDamaged, JournalUnusable
 from quorate_coordinator.journal.prune import Retention
 from quorate_coordinator.journal.reader import JournalReader, KnownRound
 from quorate_coordinator.journal.records import ExperienceTaken, Record, RoundClosed
@@ -197,17 +197,24 @@ class Recording:
         return None if known is None else known.closed
 
     def _unreadable(self, key: str, error: JournalUnusable) -> CallFailed:
-        self.damaged_total += 1
-        log.error("journal_damaged", problem=str(error))
-        return CallFailed("not-recorded", f"whether {key!r} was asked before cannot be told: {error}")
+        self._note(error)
+        is_damaged = isinstance(error, JournalDamaged)
+        message = f"whether {key!r} was asked before cannot be told: {error}"
+        return CallFailed("not-recorded", message, retry=not is_damaged)
+
+    def _note(self, error: JournalUnusable) -> None:
+        if isinstance(error, JournalDamaged):
+            self.damaged_total += 1
+            log.error("journal_damaged", problem=str(error))
+        else:  # too many files are open, say
+            log.error("journal_not_read", problem=str(error))
 
     def has_truth(self, round_id: int) -> bool:
         """Whether the truth of a round is recorded; False also where the journal cannot be read."""
         try:
             known = self._reader.find_round(round_id)
         except JournalUnusable as error:
-            self.damaged_total += 1
-            log.error("journal_damaged", problem=str(error))
+            self._note(error)
             return False
         return known is not None and known.truth is not None
 

@@ -5,11 +5,16 @@ first number that is still free; numbers are taken from it in blocks, so that a 
 a round costs no write.
 """
 
+import errno
 from pathlib import Path
 from typing import Final
 
+import structlog
+
 from quorate_coordinator.files import write_file
 from quorate_protocol.errors import ConfigurationError
+
+log = structlog.get_logger()
 
 #: Numbers reserved at once, and how many may be left when the next block is.
 _BLOCK: Final = 10_000
@@ -41,7 +46,13 @@ class RoundNumbers:
         #: The first number of this run.
         self.first: Final = first
         self._reserved = first
-        self._reserve(first + _BLOCK)
+        try:
+            self._reserve(first + _BLOCK)
+        except ConfigurationError as error:
+            if first == 1 or not _is_full(error.__cause__):
+                raise
+            # Rounds are refused while none can be recorded; the first that is not reserves.
+            log.error("round_numbers_not_reserved", problem=str(error))
 
     def use(self, number: int) -> None:
         """A round took this number.
@@ -59,3 +70,7 @@ class RoundNumbers:
         except OSError as error:
             raise ConfigurationError("state_dir", f"cannot write {self._file}: {error.strerror or error}") from error
         self._reserved = free
+
+
+def _is_full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

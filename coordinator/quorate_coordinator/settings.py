@@ -32,6 +32,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from quorate_protocol.errors import ConfigurationError
 from quorate_protocol.fields import Name
+from quorate_protocol.limits import SECONDS_MAX
 from quorate_protocol.state_dir import default_state_dir, expand_home
 from quorate_protocol.transport.address import MEMORY_PREFIX, parse_listen_address, parse_memory_name
 
@@ -41,7 +42,6 @@ _LAYERS: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("settings_layers", 
 _PREFIX: Final = "QUORATE_"
 
 #: A year: longer is a slip of units.
-_SECONDS_MAX: Final = 86_400 * 365
 
 
 def _none_if_empty(value: object) -> object:
@@ -59,8 +59,8 @@ def _wrong(key: str, problem: str) -> NoReturn:
     raise PydanticCustomError("across", "{problem}", {"key": key, "problem": problem})
 
 
-Seconds = Annotated[float, Field(ge=0, le=_SECONDS_MAX, allow_inf_nan=False)]
-PositiveSeconds = Annotated[float, Field(gt=0, le=_SECONDS_MAX, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=SECONDS_MAX, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=SECONDS_MAX, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_none_if_empty)]
 

@@ -44,6 +44,12 @@ class _Size:
     disk_bytes: int
 
 
+@dataclass(slots=True)
+class _Held:
+    size: _Size
+    times: int = 0
+
+
 def _size_of(what: Message | bytes) -> _Size:
     """What a frame holds; or a message beside its frame: inline bodies, and large ones that come with it."""
     match what:
@@ -75,11 +81,18 @@ class AllUntaken:
     disk_bytes_max: int
     memory_bytes: int = 0
     disk_bytes: int = 0
+    #: Connections that hold something.
+    holders: int = 0
 
     @property
     def is_full(self) -> bool:
-        """Whether only those who hold nothing should begin anything."""
+        """Whether only those who hold less than their share should begin anything."""
         return self.memory_bytes > UNTAKEN_ALL_BYTES_MAX or self.disk_bytes > self.disk_bytes_max
+
+    def is_over_share(self, memory_bytes: int, disk_bytes: int) -> bool:
+        """Whether one connection holds more than all could."""
+        holders = max(1, self.holders)
+        return memory_bytes > UNTAKEN_ALL_BYTES_MAX // holders or disk_bytes > self.disk_bytes_max // holders
 
 
 class Untaken:
@@ -94,8 +107,10 @@ class Untaken:
         self._disk_bytes_max = everybody.disk_bytes_max // 2
         self.memory_bytes = 0
         self.disk_bytes = 0
-        #: Of the answers among it.
-        self._answers: list[_Size] = []
+        #: What it holds, how many things.
+        self._holds = 0
+        #: The answers among it, by identity: a round that several calls have joined has one.
+        self._answers: dict[int, _Held] = {}
 
     @property
     def is_full(self) -> bool:
@@ -107,9 +122,9 @@ class Untaken:
         is_crowded = self._everybody.is_full
         if not is_crowded and memory_bytes <= UNTAKEN_BYTES_MAX and disk_bytes <= self._disk_bytes_max:
             return False
-        memory_bytes -= max((size.memory_bytes for size in self._answers), default=0)
-        disk_bytes -= max((size.disk_bytes for size in self._answers), default=0)
-        if is_crowded and (memory_bytes > 0 or disk_bytes > 0):
+        memory_bytes -= max((held.size.memory_bytes for held in self._answers.values()), default=0)
+        disk_bytes -= max((held.size.disk_bytes for held in self._answers.values()), default=0)
+        if is_crowded and self._everybody.is_over_share(memory_bytes, disk_bytes):
             return True
         return memory_bytes > UNTAKEN_BYTES_MAX or disk_bytes > self._disk_bytes_max
 
@@ -122,9 +137,15 @@ class Untaken:
         if self.is_full:
             held_bytes = self.memory_bytes + self.disk_bytes
             message = f"answers of {held_bytes} bytes wait for this connection's operator to take them"
+            if self._everybody.is_full:
+                everybody_bytes = self._everybody.memory_bytes + self._everybody.disk_bytes
+                message += f", and of {everybody_bytes} bytes for all operators together"
             raise CallFailed("busy", message, retry=True)
 
     def hold(self, size: _Size) -> None:
+        if not self._holds:
+            self._everybody.holders += 1
+        self._holds += 1
         for held in (self, self._everybody):
             held.memory_bytes += size.memory_bytes
             held.disk_bytes += size.disk_bytes
@@ -133,18 +154,24 @@ class Untaken:
         for held in (self, self._everybody):
             held.memory_bytes -= size.memory_bytes
             held.disk_bytes -= size.disk_bytes
+        self._holds -= 1
+        if not self._holds:
+            self._everybody.holders -= 1
 
     @contextlib.contextmanager
     def holding(self, what: Message | bytes) -> Iterator[None]:
-        """Holds a message, or a frame, for as long as the block takes."""
-        size = _size_of(what)
-        self.hold(size)
-        self._answers.append(size)
+        """Holds a message, or a frame, for as long as the block takes. What several calls are told counts once."""
+        held = self._answers.setdefault(id(what), _Held(_size_of(what)))
+        if not held.times:
+            self.hold(held.size)
+        held.times += 1
         try:
             yield
         finally:
-            self._answers.remove(size)
-            self.release(size)
+            held.times -= 1
+            if not held.times:
+                del self._answers[id(what)]
+                self.release(held.size)
 
 
 @dataclass(slots=True)
@@ -160,6 +187,11 @@ class Call:
     untaken: Untaken
     #: Digests of the large bodies that it has been sent.
     sent: set[bytes] = field(default_factory=set)
+
+    @property
+    def id(self) -> int:
+        """Its stream's."""
+        return self.channel.stream.id
 
 
 class Told:
@@ -285,7 +317,8 @@ async def end(*tasks: "asyncio.Future[Any]") -> None:
 
 async def _send_content(call: Call, ref: BodyRef, blob: Blob, of: BulkOf, round_id: int) -> None:
     try:
-        await send_blob(call.connection, blob, header_for(blob, of, round=round_id), untaken_s=UNTAKEN_S)
+        header = header_for(blob, of, round=round_id, call=call.id)
+        await send_blob(call.connection, blob, header, untaken_s=UNTAKEN_S)
     except TimeoutError:
         raise
     except StoppedByPeer as error:

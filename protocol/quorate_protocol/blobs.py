@@ -58,7 +58,8 @@ class BlobBudget:
 
     A body's bytes count as they come. One for which there is no room is refused when it is announced, before a byte of
     it was taken; announced bytes hold nothing, since whoever announces them need not send them. So of bodies that fit
-    one by one and not together, one may run out of budget in the middle.
+    one by one and not together, one may run out of budget in the middle. A file counts as the least that it will have
+    (`BlobStore.spool_bytes`), so that the bytes are a ceiling of how many are open, too.
 
     Args:
         memory_bytes_max: Bytes of bodies in memory.
@@ -400,6 +401,7 @@ class BlobWriter:
         self._file: _SpoolFile | None = None
         self._writing: asyncio.Future[None] | None = None
         self._is_closed = False
+        self._counted_bytes = 0
         #: Bytes that have come.
         self.received_bytes = 0
 
@@ -417,8 +419,7 @@ class BlobWriter:
             self.received_bytes += len(chunk)
             if self.received_bytes > self._size_bytes:
                 raise BodyTooLarge(self.received_bytes, self._size_bytes, announced=True)
-            assert self._share is not None, "it goes when the writer is closed"
-            self._share.grow(len(chunk))
+            self._count(self.received_bytes)
             if not self._on_disk:
                 self._bytes += chunk
                 self._hasher.update(chunk)
@@ -426,6 +427,7 @@ class BlobWriter:
             self._bytes[self._filled : self._filled + len(chunk)] = chunk
             self._filled += len(chunk)
             if self._filled >= _BATCH_BYTES:
+                self._count(self._store.spool_bytes)
                 await self._flush()
         except BaseException:
             self.close()
@@ -465,6 +467,13 @@ class BlobWriter:
             if self._writing.done() and not self._writing.cancelled():
                 self._writing.exception()  # looked at, so that asyncio does not complain
             self._writing.cancel()
+
+    def _count(self, held_bytes: int) -> None:
+        """So many bytes count, if it is not more already."""
+        assert self._share is not None, "it goes when the writer is closed"
+        if held_bytes > self._counted_bytes:
+            self._share.grow(held_bytes - self._counted_bytes)
+            self._counted_bytes = held_bytes
 
     async def _flush(self) -> None:
         """Hands over what has come to a thread, when what was handed over before is written."""

@@ -15,7 +15,7 @@ import contextlib
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from quorate_protocol.blobs import CHUNK_BYTES, Blob, BlobStore
@@ -67,7 +67,8 @@ STALLED_S: Final = 35.0
 UNCLAIMED_MAX: Final = 64
 UNCLAIMED_BYTES_MAX: Final = 256 << 20
 
-#: References of one connection whose bodies were turned away before their messages came. More than one peer may owe.
+#: References of one connection whose bodies were turned away before their messages came; and as many that were refused
+#: before their bodies came. More than one peer may owe.
 _TURNED_AWAY_MAX: Final = 1024
 
 #: Streams of one connection whose first frame has not come; the others wait to be accepted.
@@ -84,9 +85,16 @@ def patience_s(ref: BodyRef) -> float:
     return _PATIENCE_S + ref.size / _PATIENCE_BYTES_S
 
 
-def header_for(blob: Blob, of: BulkOf, *, round: int = 0) -> Bulk:
-    """What a body's stream begins with: the type of the message that refers to it, and its round if it has one."""
-    return Bulk(of=of, round=round, size=blob.size_bytes, digest=blob.digest)
+def header_for(blob: Blob, of: BulkOf, *, round: int = 0, call: int = 0) -> Bulk:
+    """What a body's stream begins with.
+
+    Args:
+        blob: The body.
+        of: Type of the message that refers to it.
+        round: That one's round, if it has one.
+        call: Stream of the call that it belongs to, if it does.
+    """
+    return Bulk(of=of, round=round, call=call, size=blob.size_bytes, digest=blob.digest)
 
 
 async def send_blob(
@@ -234,11 +242,19 @@ async def _receive_some(stream: ReceiveStream, header: Bulk, received_bytes: int
     raise BodyNotReceived(header.size, STALLED_S, received_bytes)
 
 
+class _Pair(NamedTuple):
+    """What a body and the message that refers to it have in common."""
+
+    ref: BodyRef
+    #: The call's stream; 0 where there is none. Two calls may have the same body, and one of them be given up.
+    call: int
+
+
 @dataclass(slots=True, eq=False)
 class _Arrival:
     """A body that comes, or has come, and that no message has referred to."""
 
-    ref: BodyRef
+    pair: _Pair
     receiving: asyncio.Task[Blob]
     #: Drops it when no message refers to it.
     expiry: asyncio.TimerHandle
@@ -247,9 +263,9 @@ class _Arrival:
 class BulkInbox:
     """The bodies that come over one connection, and the messages that refer to them, in whichever order.
 
-    A body and a reference that say the same size and digest are a pair; each body is given out once. What nobody refers
-    to yet is received all the same, up to the limits of `UNCLAIMED_MAX` and `UNCLAIMED_BYTES_MAX` (one may be larger),
-    and dropped after `unclaimed_s` seconds. What is over them is turned away, and its message is told.
+    A body and a reference of one call that say the same size and digest are a pair; each body is given out once. What
+    nobody refers to yet is received all the same, up to the limits of `UNCLAIMED_MAX` and `UNCLAIMED_BYTES_MAX` (one
+    may be larger), and dropped after `unclaimed_s` seconds. What is over them is turned away, and its message is told.
 
     Args:
         store: Where bodies go.
@@ -277,12 +293,12 @@ class BulkInbox:
         self._unclaimed_s = unclaimed_s
         self._unclaimed_bytes_max = UNCLAIMED_BYTES_MAX if unclaimed_bytes_max is None else unclaimed_bytes_max
         self._loop = asyncio.get_running_loop()
-        self._unclaimed: dict[BodyRef, deque[_Arrival]] = {}
-        self._claims: dict[BodyRef, deque[asyncio.Future[asyncio.Task[Blob]]]] = {}
+        self._unclaimed: dict[_Pair, deque[_Arrival]] = {}
+        self._claims: dict[_Pair, deque[asyncio.Future[asyncio.Task[Blob]]]] = {}
         #: How many bodies of a kind no message will claim.
-        self._refused: Counter[BodyRef] = Counter()
+        self._refused: Counter[_Pair] = Counter()
         #: How many bodies of a kind were turned away that a message has not claimed.
-        self._turned_away: Counter[BodyRef] = Counter()
+        self._turned_away: Counter[_Pair] = Counter()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._beginning: set[asyncio.Task[None]] = set()
         self._end_error: QuorateError | None = None
@@ -335,17 +351,17 @@ class BulkInbox:
         if self._is_closed:
             stream.stop(Code.CANCELLED)
             return
-        ref = header.ref
-        claim = self._next_claim(ref)
-        if claim is None and self._refused[ref]:
-            self._count_off(self._refused, ref)
+        pair = _Pair(header.ref, header.call)
+        claim = self._next_claim(pair)
+        if claim is None and self._refused[pair]:
+            self._count_off(self._refused, pair)
             stream.stop(Code.CANCELLED)
         elif claim is None and not self._is_wanted(header):
             stream.stop(Code.UNEXPECTED_MESSAGE)
         elif claim is None and not self._has_room(header.size):
             stream.stop(Code.BUSY)
             if self._turned_away.total() < _TURNED_AWAY_MAX:
-                self._count_on(self._turned_away, ref)
+                self._count_on(self._turned_away, pair)
         else:
             receiving = self._spawn(receive_blob(stream, header, self._store), stream)
             receiving.add_done_callback(self._received)
@@ -353,13 +369,18 @@ class BulkInbox:
                 claim.set_result(receiving)
                 return
             # Those of one kind expire in the order in which they came.
-            expiry = self._loop.call_later(self._unclaimed_s, self._expire, ref)
-            self._unclaimed.setdefault(ref, deque()).append(_Arrival(ref, receiving, expiry))
+            expiry = self._loop.call_later(self._unclaimed_s, self._expire, pair)
+            self._unclaimed.setdefault(pair, deque()).append(_Arrival(pair, receiving, expiry))
             self.unclaimed += 1
-            self.unclaimed_bytes += ref.size
+            self.unclaimed_bytes += header.size
 
-    async def get(self, ref: BodyRef, timeout_s: float) -> Blob:
+    async def get(self, ref: BodyRef, timeout_s: float, *, call: int = 0) -> Blob:
         """The body that a message refers to, when all of it is there. Giving this up stops its stream.
+
+        Args:
+            ref: What the message holds in its place.
+            timeout_s: How long to wait.
+            call: Stream of the call that the message belongs to, if it does.
 
         Raises:
             BodyNotReceived: not within so many seconds, or nothing more of it for `STALLED_S`.
@@ -367,12 +388,13 @@ class BulkInbox:
             SpoolError: there is no room for it.
             ResetByPeer, ConnectionClosed: the peer gave it up, or the connection ended.
         """
+        pair = _Pair(ref, call)
         try:
             async with asyncio.timeout(timeout_s):
-                receiving = self._take_unclaimed(ref)
+                receiving = self._take_unclaimed(pair)
                 if receiving is None:
-                    self._check_not_turned_away(ref)
-                    receiving = await self._claim(ref)
+                    self._check_not_turned_away(pair)
+                    receiving = await self._claim(pair)
                 try:
                     await asyncio.wait((receiving,))
                 except BaseException:
@@ -384,29 +406,30 @@ class BulkInbox:
             self._check_not_ended()
         return receiving.result()
 
-    def drop(self, ref: BodyRef) -> None:
+    def drop(self, ref: BodyRef, *, call: int = 0) -> None:
         """Gives up the oldest body of this kind that has come, or comes, and that no message has referred to."""
-        receiving = self._take_unclaimed(ref)
+        receiving = self._take_unclaimed(_Pair(ref, call))
         if receiving is not None:
             receiving.cancel()
 
-    def refuse(self, ref: BodyRef) -> None:
+    def refuse(self, ref: BodyRef, *, call: int) -> None:
         """A message has referred to a body that is not wanted: its stream is stopped, be it here or still to come."""
-        if ref in self._unclaimed:
-            self.drop(ref)
-        elif not self._is_closed:
-            self._count_on(self._refused, ref)
+        pair = _Pair(ref, call)
+        if pair in self._unclaimed:
+            self.drop(ref, call=call)
+        elif not self._is_closed and self._refused.total() < _TURNED_AWAY_MAX:
+            self._count_on(self._refused, pair)
 
-    def _count_on(self, counter: Counter[BodyRef], ref: BodyRef) -> None:
+    def _count_on(self, counter: Counter[_Pair], pair: _Pair) -> None:
         """One more, for as long as a body and its message may wait for each other."""
-        counter[ref] += 1
-        self._loop.call_later(self._unclaimed_s, self._count_off, counter, ref)
+        counter[pair] += 1
+        self._loop.call_later(self._unclaimed_s, self._count_off, counter, pair)
 
     @staticmethod
-    def _count_off(counter: Counter[BodyRef], ref: BodyRef) -> None:
-        counter[ref] -= 1
-        if counter[ref] <= 0:
-            del counter[ref]
+    def _count_off(counter: Counter[_Pair], pair: _Pair) -> None:
+        counter[pair] -= 1
+        if counter[pair] <= 0:
+            del counter[pair]
 
     def end(self, error: QuorateError) -> None:
         """No more streams come: whoever waits for one is told the error. Bodies that have begun to come go on."""
@@ -423,9 +446,9 @@ class BulkInbox:
         """Gives up everything that was not given out."""
         self.end(ConnectionClosed(Code.NO_ERROR, "no bodies are received any more"))
         self._is_closed = True
-        for ref in list(self._unclaimed):
-            while ref in self._unclaimed:
-                self.drop(ref)
+        for pair in list(self._unclaimed):
+            while pair in self._unclaimed:
+                self.drop(pair.ref, call=pair.call)
         for task in self._tasks:
             task.cancel()
 
@@ -450,19 +473,19 @@ class BulkInbox:
         if isinstance(error, ProtocolError):
             self._on_fault(error)
 
-    def _check_not_turned_away(self, ref: BodyRef) -> None:
-        if self._turned_away[ref]:
-            self._count_off(self._turned_away, ref)
+    def _check_not_turned_away(self, pair: _Pair) -> None:
+        if self._turned_away[pair]:
+            self._count_off(self._turned_away, pair)
             where = "among those that no message had referred to"
-            raise SpoolFull(where, ref.size, self.unclaimed_bytes, self._unclaimed_bytes_max)
+            raise SpoolFull(where, pair.ref.size, self.unclaimed_bytes, self._unclaimed_bytes_max)
 
     # --- messages that came before their bodies ---
 
-    async def _claim(self, ref: BodyRef) -> asyncio.Task[Blob]:
+    async def _claim(self, pair: _Pair) -> asyncio.Task[Blob]:
         """The task that receives the body, once its stream has come."""
         self._check_not_ended()
         claim: asyncio.Future[asyncio.Task[Blob]] = self._loop.create_future()
-        claims = self._claims.setdefault(ref, deque())
+        claims = self._claims.setdefault(pair, deque())
         claims.append(claim)
         try:
             return await claim
@@ -474,11 +497,11 @@ class BulkInbox:
         finally:
             if claim in claims:
                 claims.remove(claim)
-            if not claims and self._claims.get(ref) is claims:
-                del self._claims[ref]
+            if not claims and self._claims.get(pair) is claims:
+                del self._claims[pair]
 
-    def _next_claim(self, ref: BodyRef) -> asyncio.Future[asyncio.Task[Blob]] | None:
-        claims = self._claims.get(ref)
+    def _next_claim(self, pair: _Pair) -> asyncio.Future[asyncio.Task[Blob]] | None:
+        claims = self._claims.get(pair)
         while claims:
             claim = claims.popleft()
             if not claim.done():
@@ -492,8 +515,8 @@ class BulkInbox:
             self.unclaimed < UNCLAIMED_MAX and self.unclaimed_bytes + size_bytes <= self._unclaimed_bytes_max
         )
 
-    def _take_unclaimed(self, ref: BodyRef) -> asyncio.Task[Blob] | None:
-        arrivals = self._unclaimed.get(ref)
+    def _take_unclaimed(self, pair: _Pair) -> asyncio.Task[Blob] | None:
+        arrivals = self._unclaimed.get(pair)
         if not arrivals:
             return None
         arrival = arrivals[0]
@@ -502,14 +525,14 @@ class BulkInbox:
 
     def _forget(self, arrival: _Arrival) -> None:
         """It waits for no message any more."""
-        arrivals = self._unclaimed[arrival.ref]
+        arrivals = self._unclaimed[arrival.pair]
         arrivals.remove(arrival)
         if not arrivals:
-            del self._unclaimed[arrival.ref]
+            del self._unclaimed[arrival.pair]
         self.unclaimed -= 1
-        self.unclaimed_bytes -= arrival.ref.size
+        self.unclaimed_bytes -= arrival.pair.ref.size
         arrival.expiry.cancel()
 
-    def _expire(self, ref: BodyRef) -> None:
-        self.drop(ref)
-        self._on_unclaimed(ref)
+    def _expire(self, pair: _Pair) -> None:
+        self.drop(pair.ref, call=pair.call)
+        self._on_unclaimed(pair.ref)

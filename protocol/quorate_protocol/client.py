@@ -337,7 +337,7 @@ class Client:
             async with _uploading(self._connection, channel, request, blob):
                 answer = await channel.expect(answer_type, CallError)
                 if isinstance(answer, Outcome):
-                    answer = await _with_contents(answer, self._inbox, {})
+                    answer = await _Bodies(self._inbox, channel).fill_outcome(answer)
             # Tells the coordinator that the answer has arrived.
             await channel.finish()
         except BaseException:
@@ -411,7 +411,7 @@ class Replies:
         request, blob = await _pack(self._request, "body", self._parts)
         channel = Channel(await self._connection.open_bi_stream(Priority.HIGH))
         told: set[str] = set()
-        received: dict[BodyRef, BodyRef] = {}
+        bodies = _Bodies(self._inbox, channel)
         try:
             async with _uploading(self._connection, channel, request, blob):
                 while self._outcome is None:
@@ -421,9 +421,9 @@ class Replies:
                             self.opened = message
                         case Part(result=result):
                             told.add(result.agent)
-                            yield await _with_content(result, self._inbox, received)
+                            yield await bodies.fill(result)
                         case Outcome():
-                            outcome = await _with_contents(message, self._inbox, received)
+                            outcome = await bodies.fill_outcome(message)
                             await channel.finish()
                             self._outcome = outcome
                         case CallError(reason=reason, message=text, retry=retry):
@@ -461,7 +461,7 @@ async def _uploading(
     if blob is None:
         yield
         return
-    header = header_for(blob, "reveal" if isinstance(request, Reveal) else "ask")
+    header = header_for(blob, "reveal" if isinstance(request, Reveal) else "ask", call=channel.stream.id)
     uploading = asyncio.create_task(_upload(connection, blob, header), name="upload")
     try:
         yield
@@ -478,29 +478,36 @@ async def _upload(connection: Connection, blob: Blob, header: Bulk) -> None:
         await send_blob(connection, blob, header)
 
 
-async def _with_contents(outcome: Outcome, inbox: BulkInbox, received: dict[BodyRef, BodyRef]) -> Outcome:
-    """The outcome with all its bodies, those that were received before among them. Raises: as `_with_content`."""
-    if outcome.bulk is None and all(result.bulk is None for result in outcome.results):
-        return outcome
-    answer = await _with_content(outcome, inbox, received)
-    results = [await _with_content(result, inbox, received) for result in outcome.results]
-    return answer.model_copy(update={"results": results})
+class _Bodies:
+    """The large bodies of one call's parts and outcome, which come on streams of their own, each once."""
 
+    def __init__(self, inbox: BulkInbox, channel: Channel) -> None:
+        self._inbox = inbox
+        self._call = channel.stream.id
+        self._received: dict[BodyRef, BodyRef] = {}
 
-async def _with_content(bodied: BodiedT, inbox: BulkInbox, received: dict[BodyRef, BodyRef]) -> BodiedT:
-    """The same with its body, where that travels on a stream of its own; it is noted among those received.
+    async def fill_outcome(self, outcome: Outcome) -> Outcome:
+        """The outcome with all its bodies, those that were received before among them. Raises: as `fill`."""
+        if outcome.bulk is None and all(result.bulk is None for result in outcome.results):
+            return outcome
+        answer = await self.fill(outcome)
+        results = [await self.fill(result) for result in outcome.results]
+        return answer.model_copy(update={"results": results})
 
-    Raises:
-        BodyNotReceived: it did not come in time, or not as it was announced.
-        SpoolError: there is no room for it.
-        ConnectionClosed: the connection ended.
-    """
-    ref = bodied.bulk
-    if ref is None or (ref.gone and ref not in received):
-        return bodied
-    if ref not in received:
-        received[ref] = ref.with_content(await inbox.get(ref, patience_s(ref)))
-    return bodied.model_copy(update={"bulk": received[ref]})
+    async def fill(self, bodied: BodiedT) -> BodiedT:
+        """The same with its body, where that travels on a stream of its own.
+
+        Raises:
+            BodyNotReceived: it did not come in time, or not as it was announced.
+            SpoolError: there is no room for it.
+            ConnectionClosed: the connection ended.
+        """
+        ref = bodied.bulk
+        if ref is None or (ref.gone and ref not in self._received):
+            return bodied
+        if ref not in self._received:
+            self._received[ref] = ref.with_content(await self._inbox.get(ref, patience_s(ref), call=self._call))
+        return bodied.model_copy(update={"bulk": self._received[ref]})
 
 
 def _ask_of(

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
 
-from quorate_protocol.limits import BODY_BYTES_MAX, NAME_BYTES_MAX, TEXT_CHARS_MAX
+from quorate_protocol.limits import BODY_BYTES_MAX, NAME_BYTES_MAX, SECONDS_MAX, TEXT_CHARS_MAX
 
 #: Agent ids, tasks, label keys: printable ASCII without space, so that they can stand in logs,
 #: metrics, subjects and shell commands as they are.
@@ -20,9 +20,9 @@ RoundId = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
 #: Of replies that are needed, or of agents that are asked.
 Number = Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
 Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0, le=86_400 * 365, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=SECONDS_MAX, allow_inf_nan=False)]
 Attempt = Annotated[int, Field(ge=1, le=1000)]
-PositiveSeconds = Annotated[float, Field(gt=0, le=86_400 * 365, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=SECONDS_MAX, allow_inf_nan=False)]
 
 Role = Literal["agent", "operator", "observer"]
 

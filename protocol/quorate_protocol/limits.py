@@ -13,6 +13,9 @@ FRAME_BYTES_MAX: Final = 1 << 20
 #: bytes: the frame's other keys must fit beside it.
 BODY_BYTES_MAX: Final = FRAME_BYTES_MAX - (16 << 10)
 
+#: Longest time that a message may state, in seconds: a year.
+SECONDS_MAX: Final = 86_400 * 365
+
 #: Largest body that travels on a stream of its own, in bytes, unless a process is set otherwise: what one msgpack
 #: extension, and so one array, can hold.
 BULK_BYTES_MAX: Final = 4 << 30

@@ -301,6 +301,8 @@ class Bulk(Message, type="bulk"):
     of: BulkOf
     #: The round it belongs to; 0 with `ask`, whose round has no number yet.
     round: Annotated[int, Field(ge=0)] = 0
+    #: Stream of the call it belongs to; 0 with what an agent sends or gets.
+    call: Annotated[int, Field(ge=0)] = 0
     #: Bytes.
     size: Annotated[int, Field(ge=0)]
     digest: Digest

@@ -72,12 +72,12 @@ async def filled_up(
                 )
 
 
-async def ask_until_refused(client: Client, size: int) -> dict[str, CallFailed | Outcome]:
+async def ask_until_refused(client: Client, size: int, prefix: str = "k") -> dict[str, CallFailed | Outcome]:
     """Asks under one key after the other until no round is taken any more; what came of each."""
     came: dict[str, CallFailed | Outcome] = {}
     async with asyncio.timeout(PATIENCE_S):
         while True:
-            key = f"k-{len(came)}"
+            key = f"{prefix}-{len(came)}"
             try:
                 came[key] = await client.ask("echo", key + "." * size, key=key)
             except CallFailed as error:
@@ -179,3 +179,31 @@ async def test_killed_while_the_disk_is_full_only_what_was_not_announced_is_gone
     final = [record.key or "" for record in closed if record.state != "interrupted"]
     assert sorted(final) == sorted(["before", *came])
     assert verify(restarting.journal).problems == []
+
+
+async def test_started_again_while_the_disk_is_full_it_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can mount a file system")
+    async with filled_up(tmp_path, "file system") as (restarting, fill_up, make_room):
+        agent = asyncio.create_task(echo("a").run(restarting.url, token=restarting.token, tls=restarting.tls))
+        try:
+            async with restarting.client() as client:
+                await joined(client, "a")
+                before = await client.ask("echo", "before", key="before")
+                fill_up()
+                came = await ask_until_refused(client, 20_000)
+            await restarting.kill()
+            await restarting.start()
+            async with restarting.client() as client:
+                await joined(client, "a")
+                assert await client.ask("echo", "before", key="before") == before
+                came |= await ask_until_refused(client, 20_000, "again")
+                make_room()
+                for key, earlier in came.items():
+                    outcome = await ask_until_taken(client, key, 20_000)
+                    assert not isinstance(earlier, Outcome) or outcome == earlier
+            await restarting.stop()
+        finally:
+            agent.cancel()
+            await asyncio.wait([agent])
+        assert verify(restarting.journal).problems == []

@@ -95,8 +95,8 @@ class TestBadReplies:
             link = fleet.coordinator._fleet._link_of("rogue")
             assert link is not None
             assert link.inbox is not None
-            assert link.inbox.unclaimed == 1
-            link.inbox._expire(ref_to(blob_of([DATA])))
+            (unclaimed,) = link.inbox._unclaimed
+            link.inbox._expire(unclaimed)
             await until(lambda: held_bytes(fleet) == 0)
             assert refused(fleet) == {"unreferenced": 1}
             await agent.peer.coordination.send(Reply(round=agent.round, body=encode_body(1)))
@@ -306,7 +306,7 @@ class TestBadQuestions:
         peer = await fleet.peer()
         await peer.hello("raw", role="operator", tasks=())
         call = Channel(await peer.open())
-        header = Bulk(of="ask", size=len(DATA), digest=digest)
+        header = Bulk(of="ask", call=call.stream.id, size=len(DATA), digest=digest)
         await call.send(Ask(task="t", bulk=header.ref))
         stream = await peer.connection.open_uni_stream()
         await stream.send(header.to_frame() + data)
@@ -320,7 +320,7 @@ class TestBadQuestions:
         peer = await fleet.peer()
         await peer.hello("raw", role="operator", tasks=())
         call = Channel(await peer.open())
-        header = Bulk(of="ask", size=len(DATA), digest=DIGEST)
+        header = Bulk(of="ask", call=call.stream.id, size=len(DATA), digest=DIGEST)
         await call.send(Ask(task="t", bulk=header.ref))
         stream = await peer.connection.open_uni_stream()
         await stream.send(header.to_frame() + DATA[:1000])

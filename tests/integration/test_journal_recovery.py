@@ -1,6 +1,7 @@
 """What a coordinator knows again from a journal: the learner's state, rounds that await their truth, rounds cut off."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,24 @@ import pytest
 import structlog
 
 from agent_making import echo
-from coordination import coordinating
+from coordination import coordinating, until
 from journal_making import closed, execute, experience, late, opened, read_journal, rounds, truth, write_journal
-from quorate_coordinator.journal import writer
+from quorate_coordinator import gather
+from quorate_coordinator.journal import stall, writer
 from quorate_coordinator.journal.errors import JournalUnusable
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.schema import JOURNAL_NAME
 from quorate_coordinator.journal.writer import Journal
-from quorate_coordinator.learner.api import Answer, ClosedRound, Coordination, Latency, Report, Request, TaskScore
+from quorate_coordinator.learner.api import (
+    AgentScore,
+    Answer,
+    ClosedRound,
+    Coordination,
+    Latency,
+    Report,
+    Request,
+    TaskScore,
+)
 from quorate_coordinator.learner.vote import VoteLearner
 from quorate_coordinator.ledger import book_outcome_of
 from quorate_coordinator.recovery import Recovered, recover
@@ -265,6 +276,11 @@ async def test_a_plan_that_is_none_costs_the_learners_advice_alone(tmp_path: Pat
         lambda request: Coordination(request.candidates, deadline_s=float("nan")),
         lambda request: Coordination(request.candidates, deadline_s="soon"),  # type: ignore[arg-type]
         lambda request: Coordination(request.candidates, grace_s=-1.0),
+        lambda request: Coordination(request.candidates, deadline_s=1e9),
+        lambda request: Coordination(request.candidates, grace_s=2.0, deadline_s=1.0),
+        lambda request: Coordination(request.candidates, grace_s=1e9),
+        lambda request: Coordination(request.candidates, quorum=3),
+        lambda request: Coordination(()),
     ]
     learner = Astray()
     async with coordinating(tmp_path, learner=learner) as fleet:
@@ -286,16 +302,34 @@ async def test_a_plan_that_is_none_costs_the_learners_advice_alone(tmp_path: Pat
 class Silent(VoteLearner):
     """Tells nothing of its agents that can be told."""
 
-    is_well = True
+    odd_score: Any = None
+    odd_latency: Any = None
 
     def scores(self) -> tuple[TaskScore, ...]:
-        return super().scores() if self.is_well else (None,)  # type: ignore[return-value]
+        return super().scores() if self.odd_score is None else (self.odd_score,)
 
     def latency(self, agent: str) -> Latency | None:
-        return super().latency(agent) if self.is_well else 1 / 0  # type: ignore[return-value]
+        return super().latency(agent) if self.odd_latency is None else self.odd_latency()
 
 
-async def test_a_learner_that_cannot_tell_of_its_agents_costs_those_figures_alone(tmp_path: Path) -> None:
+def score_of(task: Any = "echo", agent: Any = "a", weight: Any = 1.0) -> TaskScore:
+    return TaskScore(task, None, 0, {agent: AgentScore(weight, 1.0, 1)})
+
+
+@pytest.mark.parametrize(
+    ("score", "latency"),
+    [
+        (7, lambda: 1 / 0),
+        (score_of(task=7), lambda: Latency(float("nan"), 1.0)),
+        (score_of(agent="\udcff"), lambda: Latency(0.1, -1.0)),
+        (score_of(task="two words"), lambda: Latency(0.1, 1e300)),
+        (score_of(weight=float("inf")), lambda: (1, 2)),
+        (score_of(weight="much"), lambda: Latency("fast", 1.0)),  # type: ignore[arg-type]
+    ],
+)
+async def test_a_learner_that_cannot_tell_of_its_agents_costs_those_figures_alone(
+    tmp_path: Path, score: Any, latency: Any
+) -> None:
     learner = Silent()
     async with coordinating(tmp_path, learner=learner) as fleet:
         await fleet.join(echo("a"))
@@ -304,12 +338,58 @@ async def test_a_learner_that_cannot_tell_of_its_agents_costs_those_figures_alon
         (before,) = (await operator.agents()).agents
         assert before.latency_p50_s is not None
         assert before.weights == {"echo": 1.0}
-        learner.is_well = False
+        learner.odd_score, learner.odd_latency = score, latency
         (after,) = (await operator.agents()).agents
         assert (after.agent, after.replies, after.latency_p50_s, after.weights) == ("a", 1, None, {})
         names = {key[0] for key in fleet.metrics()}
         assert "quorate_rounds_total" in names
         assert not {"quorate_agent_weight", "quorate_agent_reply_latency_seconds"} & names
+
+
+async def test_a_round_that_cannot_be_opened_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of ours; its agents are not held up by it, nor is its key."""
+    async with coordinating(tmp_path) as fleet:
+        await fleet.join(echo("a"))
+        operator = await fleet.operator()
+        gatherer = fleet.coordinator._gatherer
+        with monkeypatch.context() as broken:
+            broken.setattr(gather, "Opened", lambda **_: 1 / 0)
+            for key in (None, "k"):
+                with pytest.raises(CallFailed, match="the coordinator failed"):
+                    await operator.ask("echo", 1, key=key)
+        assert (gatherer.book.in_flight, len(gatherer.shelf)) == (0, 0)
+        assert (await operator.ask("echo", 1, key="k")).value == 1
+    assert recovering(tmp_path / JOURNAL_NAME).damaged == ()
+
+
+async def test_a_disk_that_stands_still_is_told_of_like_one_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+    write = writer._Committer._write
+    monkeypatch.setattr(stall, "STALLED_S", 0.2)
+    async with coordinating(tmp_path) as fleet:
+        await fleet.join(echo("a"))
+        operator = await fleet.operator()
+        await operator.ask("echo", 1)
+
+        def stand_still(*arguments: Any) -> None:
+            goes_on.wait()
+            write(*arguments)
+
+        monkeypatch.setattr(writer._Committer, "_write", stand_still)
+        try:
+            with pytest.raises(CallFailed, match=r"its disk has taken nothing for 0\.2 s; ask again later") as caught:
+                await operator.ask("echo", 2, key="k")
+            assert (caught.value.reason, caught.value.retry) == ("not-recorded", True)
+            assert not fleet.coordinator.is_ready
+            with pytest.raises(CallFailed, match="no round is taken, because none can be recorded"):
+                await operator.ask("echo", 3)
+        finally:
+            goes_on.set()
+        await until(lambda: fleet.coordinator.is_ready)
+        assert (await operator.ask("echo", 2, key="k")).round == 2
+        assert (await operator.ask("echo", 3)).round == 3
 
 
 @pytest.mark.parametrize("state", ["text", bytearray(b"x")], ids=["text", "bytearray"])

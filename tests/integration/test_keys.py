@@ -318,7 +318,7 @@ async def test_one_question_may_come_inline_and_on_a_stream_of_its_own(fleet: Fl
         channel = Channel(await peer.open())
         await channel.send(Ask(task="echo", bulk=ref_to(blob), key=key))
         with contextlib.suppress(StoppedByPeer):
-            await send_blob(peer.connection, blob, header_for(blob, "ask"))
+            await send_blob(peer.connection, blob, header_for(blob, "ask", call=channel.stream.id))
         return channel
 
     for number, key in enumerate(("bulk-first", "inline-first"), 1):
@@ -437,31 +437,55 @@ async def test_a_body_whose_call_is_refused_before_it_is_taken_is_stopped(fleet:
     blob = blob_of([encode_body("x" * (3 << 20))])
     budget = fleet.coordinator._fleet._desk.store.budget
 
-    async def refused_ask() -> None:
-        channel = Channel(await peer.open())
+    async def refused_ask(channel: Channel) -> None:
         await channel.send(Ask(task="echo", bulk=ref_to(blob), key="used"))
         refused = await channel.receive()
         assert isinstance(refused, CallError)
         assert "was used for another question" in refused.message
 
+    channel = Channel(await peer.open())
     begun = await peer.connection.open_uni_stream()
-    await begun.send(header_for(blob, "ask").to_frame() + b"x" * 1000)
+    await begun.send(header_for(blob, "ask", call=channel.stream.id).to_frame() + b"x" * 1000)
     await until(lambda: budget.memory_bytes + budget.disk_bytes)
-    await refused_ask()
+    await refused_ask(channel)
     with pytest.raises(StoppedByPeer):
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 await begun.send(b"x" * 1000)
                 await asyncio.sleep(0.002)
-    await refused_ask()
-    with pytest.raises(StoppedByPeer):
-        await send_blob(peer.connection, blob, header_for(blob, "ask"))
-    await until(lambda: budget.memory_bytes + budget.disk_bytes == 0)
     channel = Channel(await peer.open())
+    await refused_ask(channel)
+    with pytest.raises(StoppedByPeer):
+        await send_blob(peer.connection, blob, header_for(blob, "ask", call=channel.stream.id))
+    await until(lambda: budget.memory_bytes + budget.disk_bytes == 0)
+    # Refused, and its body was never sent: what is asked next with the same body waits for its own.
+    await refused_ask(Channel(await peer.open()))
+    channel = Channel(await peer.open())
+    sending = asyncio.create_task(send_blob(peer.connection, blob, header_for(blob, "ask", call=channel.stream.id)))
+    await until(lambda: budget.memory_bytes + budget.disk_bytes)
     await channel.send(Ask(task="echo", bulk=ref_to(blob)))
-    await send_blob(peer.connection, blob, header_for(blob, "ask"))
     assert isinstance(await channel.receive(), Outcome)
+    await sending
     await peer.leave()
+
+
+async def test_calls_with_the_same_body_are_told_apart(fleet: Fleet) -> None:
+    """Some refused, some joined, some cancelled, on one connection: whoever is left gets its answer."""
+    await fleet.join(echo("a"))
+    client = await fleet.operator()
+    text = "x" * (2 << 20)
+    await client.ask("echo", 1, key="used")
+    known = await client.ask("echo", text, key="known")
+    for _ in range(4):
+        calls = [client.ask("echo", text, key=key) for key in (None, "used", "known", None, "used", "known", None)]
+        tasks = [asyncio.create_task(call) for call in calls]
+        await asyncio.sleep(0)
+        tasks[-1].cancel()
+        *answers, _ = await asyncio.gather(*tasks, return_exceptions=True)
+        got = [one if isinstance(one, BaseException) else one.value == text for one in answers]
+        assert [type(one) for one in got] == [bool, CallFailed, bool, bool, CallFailed, bool], got
+        assert all(got)
+        assert {answers[2].round, answers[5].round} == {known.round}  # type: ignore[union-attr]
 
 
 class Crowded:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agent_making import Gated
 from coordination import PATIENCE_S, Fleet, coordinating, until
 from quorate_agent import Agent
 from quorate_coordinator import operators, telling
@@ -66,14 +67,14 @@ def test_the_largest_answer_does_not_count() -> None:
     assert untaken.memory_bytes == 0
 
 
-def test_where_all_together_hold_too_much_those_who_hold_something_are_refused() -> None:
+def test_where_all_together_hold_too_much_those_over_their_share_are_refused() -> None:
     everybody = AllUntaken(1 << 30)
     hogs = [Untaken(everybody) for _ in range(6)]
     honest = Untaken(everybody)
     with contextlib.ExitStack() as held:
         for hog in hogs:
-            for _ in range(3):
-                held.enter_context(hog.holding(bytes(20 << 20)))
+            for _ in range(12):
+                held.enter_context(hog.holding(bytes(5 << 20)))
         assert everybody.is_full
         for hog in hogs:
             with pytest.raises(CallFailed, match="wait for this connection's operator"):
@@ -83,6 +84,40 @@ def test_where_all_together_hold_too_much_those_who_hold_something_are_refused()
         honest.check_room()
     assert (everybody.memory_bytes, everybody.is_full) == (0, False)
     hogs[0].check_room()
+
+
+def test_who_holds_less_than_its_share_is_served_whatever_the_others_hold() -> None:
+    everybody = AllUntaken(1 << 30)
+    hog, honest = Untaken(everybody), Untaken(everybody)
+    with contextlib.ExitStack() as held:
+        for _ in range(30):
+            held.enter_context(hog.holding(bytes(10 << 20)))
+        for _ in range(8):
+            held.enter_context(honest.holding(bytes(4 << 20)))
+        assert everybody.is_full
+        honest.check_room()
+        with pytest.raises(CallFailed, match=r"and of 348127232 bytes for all operators together"):
+            hog.check_room()
+    assert (everybody.memory_bytes, everybody.holders) == (0, 0)
+
+
+async def test_one_answer_that_many_calls_wait_for_is_there_once(fleet: Fleet) -> None:
+    """Under one key; its operator reads nothing."""
+    gated = Gated("a")
+    await fleet.join(gated.agent)
+    peer = await fleet.peer()
+    await peer.hello("deaf", role="operator", tasks=())
+    body = encode_body("x" * 900_000)
+    gatherer, served = fleet.coordinator._gatherer, fleet.coordinator._operators
+    for number in range(100):
+        await Channel(await peer.open()).send(Ask(task="echo", body=body, key="k"))
+        await until(lambda number=number: len(gatherer.shelf) == 0 and gatherer.repeated_total == number)
+    gated.gate.set()
+    await until(lambda: served.calls_total["ask", "ok"] == 100)
+    # The outcome and its frame; an answer is in them twice, once as an agent's.
+    assert len(body) < served._untaken.memory_bytes < 5 * len(body)
+    await peer.leave()
+    await until(lambda: served._untaken.memory_bytes == 0)
 
 
 def large(name: str, size_bytes: int) -> Agent:

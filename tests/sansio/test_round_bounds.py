@@ -9,6 +9,7 @@ from quorate_coordinator.rounds.events import (
     AgentLost,
     AgentReachable,
     CoordinatorStopped,
+    DrainRequested,
     Event,
     RoundCancelled,
     TimerFired,
@@ -114,6 +115,33 @@ def test_a_rejected_request_takes_no_place_of_its_operator() -> None:
     busy(book.handle(make_request(operator="ann"), 0.0))
     book.handle(RoundCancelled(1, "no need"), 1.0)
     only(OpenRound, book.handle(make_request(operator="ann"), 1.0))
+
+
+def test_what_is_in_the_way_of_a_request() -> None:
+    """As few as it takes, the first of those that may go; none where it would be of no use."""
+    book = RoundBook(BookLimits(in_flight_max=3, held_bytes_max=100, in_flight_per_operator_max=2))
+    request = make_request(body=b"q" * 10, operator="ann")
+    assert book.in_the_way(request, [], 0.0) == []
+    for size, operator in ((10, "bob"), (50, "bob"), (20, "carl")):
+        only(OpenRound, book.handle(make_request(body=b"q" * size, operator=operator), 0.0))
+    assert book.in_the_way(request, iter([3, 1, 2]), 1.0) == [3]
+    assert book.in_the_way(make_request(body=b"q" * 40), [1, 3, 2], 1.0) == [1, 3]
+    assert book.in_the_way(make_request(body=b"q" * 90), [1, 3, 2], 1.0) == [1, 3, 2]
+    assert book.in_the_way(make_request(body=b"q" * 90), [1, 3], 1.0) == [], "the other holds too much"
+    assert book.in_the_way(make_request(body=b"q" * 101), [1, 3, 2], 1.0) == [], "it has no place ever"
+    for useless in (
+        make_request(policy=make_policy(9)),
+        make_request((), make_policy(1)),
+        make_request(("a", "a"), make_policy(1)),
+        make_request(operator="bob"),
+    ):
+        busy_or_not = book.handle(useless, 1.0)
+        assert only(RejectRequest, busy_or_not)
+        assert book.in_the_way(useless, [1, 2, 3], 1.0) == []
+    book.handle(RoundCancelled(1, "no need"), 2.0)
+    assert book.in_the_way(request, [2, 3], 2.0) == []
+    book.handle(DrainRequested(), 3.0)
+    assert book.in_the_way(make_request(body=b"q" * 40), [2, 3], 3.0) == []
 
 
 # --- bytes ---

@@ -139,7 +139,10 @@ def connect_to_write(file: Path, sync: Sync) -> sqlite3.Connection:
             for path in (file, _beside(file, "-wal"), _beside(file, "-shm")):
                 with contextlib.suppress(OSError):
                     path.chmod(0o600)  # where somebody has copied it
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of effect before the first table only
+            (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            if not tables:
+                # Of effect before the first table only; and it writes, for which a full disk has no room.
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
                 raise JournalUnusable(file, f"its file system cannot do write-ahead logging (SQLite says {mode})")

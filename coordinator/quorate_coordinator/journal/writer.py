@@ -24,6 +24,7 @@ from quorate_coordinator.journal.prune import PruneReport, Retention, prune
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.records import Record, RoundOpened
 from quorate_coordinator.journal.rows import compute_digest
+from quorate_coordinator.journal.stall import Stall
 
 T = TypeVar("T")
 
@@ -98,6 +99,7 @@ class Journal:
             queue.SimpleQueue()
         )
         self._thread: threading.Thread | None = None
+        self._stall: Stall | None = None
         self._closing = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         #: Records that nobody waits for: they ride with the next one that somebody does, or go by themselves a little
@@ -147,16 +149,19 @@ class Journal:
         Args:
             loop: where these are called:
             on_committed: everything up to this record is durable; once for each commit.
-            on_failed: a commit failed or would be lost, and why, for an operator; it is being tried again. Once until
-                it recovers.
+            on_failed: a commit failed or would be lost, or has taken `STALLED_S`, and why, for an operator; it is being
+                tried again. Once until it recovers, or once more with another reason.
             on_recovered: commits succeed again.
         """
         assert self._thread is None
         self._loop = loop
-        self._thread = threading.Thread(
-            target=_Committer(self, loop, on_committed, on_failed, on_recovered).run, name="journal", daemon=True
+        self._stall = Stall(
+            loop, lambda: (self.pending_records, self._done_records), on_committed, on_failed, on_recovered
         )
+        self._thread = threading.Thread(target=_Committer(self, loop, self._stall).run, name="journal", daemon=True)
         self._thread.start()
+        if self.pending_records:
+            self._stall.watch()
 
     def append(self, record: Record, *, at: float, hurried: bool = True) -> int:
         """Queues a record.
@@ -181,6 +186,8 @@ class Journal:
         self.record_bytes += len(payload)
         self._queued_bytes += len(payload)
         self._queued_records += 1
+        if self._stall is not None:
+            self._stall.watch()
         row = (seq, record.kind, record.round, at, key, payload)
         if hurried or self._loop is None:
             self._put(row)
@@ -248,6 +255,8 @@ class Journal:
             self._is_closed = True
             self._put(None)
             self._closing.set()
+            if self._stall is not None:
+                self._stall.end()
             if self._thread is None:
                 self._connection.close()
                 self._lock.release()
@@ -287,20 +296,13 @@ class Journal:
 class _Committer:
     """What the thread does."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        loop: asyncio.AbstractEventLoop,
-        on_committed: Callable[[int], None],
-        on_failed: Callable[[str], None],
-        on_recovered: Callable[[], None],
-    ) -> None:
+    def __init__(self, journal: Journal, loop: asyncio.AbstractEventLoop, told: Stall) -> None:
         self._journal = journal
         self._connection = journal._connection
         self._loop = loop
-        self._on_committed = on_committed
-        self._on_failed = on_failed
-        self._on_recovered = on_recovered
+        self._on_committed = told.committed
+        self._on_failed = told.failed
+        self._on_recovered = told.recovered
         self._prunings: deque[tuple[_Pruning, Iterator[PruneReport]]] = deque()
         self._files = journal._files
         #: Whether `on_failed` was called last.

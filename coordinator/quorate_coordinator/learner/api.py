@@ -9,13 +9,11 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol, Self
+from typing import Protocol, Self
 
 from quorate_protocol.errors import LocalError
 from quorate_protocol.fields import Body, BodyRef
-
-#: Bytes of a combined answer that is no reference: it is in one record with the round's replies.
-ANSWER_BYTES_MAX: Final = 64 << 20
+from quorate_protocol.limits import BODY_BYTES_MAX
 
 
 class SnapshotInvalid(LocalError):
@@ -127,8 +125,10 @@ class Answer:
     def __post_init__(self) -> None:
         if not isinstance(self.body, bytes | BodyRef | None):
             raise TypeError(f"the answer is neither bytes nor a reference but a {type(self.body).__name__}")
-        if isinstance(self.body, bytes) and len(self.body) > ANSWER_BYTES_MAX:
-            raise ValueError(f"the answer has {len(self.body)} bytes, over the {ANSWER_BYTES_MAX} that it may have")
+        if isinstance(self.body, bytes) and len(self.body) > BODY_BYTES_MAX:
+            raise ValueError(
+                f"the answer has {len(self.body)} bytes, over the {BODY_BYTES_MAX} that any reply may have"
+            )
         if self.support is not None and not 0 <= self.support <= 1:
             raise ValueError(f"the support is {self.support}, not within 0 and 1")
         _check_weights(self.weights)

@@ -3,8 +3,11 @@
 from collections.abc import Iterable
 
 import structlog
+from pydantic import TypeAdapter
 
 from quorate_coordinator.learner.api import AgentScore, Latency, Learner, TaskScore
+from quorate_protocol.fields import Name
+from quorate_protocol.limits import SECONDS_MAX
 
 log = structlog.get_logger()
 
@@ -14,11 +17,11 @@ def scores_of(learner: Learner) -> tuple[TaskScore, ...]:
     try:
         return tuple(
             TaskScore(
-                task=score.task,
-                accuracy=None if score.accuracy is None else float(score.accuracy),
+                task=_name(score.task),
+                accuracy=None if score.accuracy is None else _number(score.accuracy),
                 answers=int(score.answers),
                 agents={
-                    agent: AgentScore(weight=float(one.weight), accuracy=float(one.accuracy), answers=int(one.answers))
+                    _name(agent): AgentScore(_number(one.weight), _number(one.accuracy), int(one.answers))
                     for agent, one in score.agents.items()
                 },
             )
@@ -35,8 +38,23 @@ def latencies_of(learner: Learner, agents: Iterable[str]) -> dict[str, Latency]:
     try:
         for agent in agents:
             if (latency := learner.latency(agent)) is not None:
-                latencies[agent] = Latency(p50_s=float(latency.p50_s), p99_s=float(latency.p99_s))
+                latencies[agent] = Latency(p50_s=_number(latency.p50_s), p99_s=_number(latency.p99_s))
     except Exception:
         log.exception("learner_failed_to_tell_latencies")
         return {}
     return latencies
+
+
+_name = TypeAdapter(Name).validate_python
+
+
+def _number(value: float) -> float:
+    """What may stand in a listing: weights, shares and seconds alike.
+
+    Raises:
+        TypeError, ValueError: it may not.
+    """
+    number = float(value)
+    if not 0 <= number <= SECONDS_MAX:
+        raise ValueError(f"{value!r} is no weight, share or time")
+    return number

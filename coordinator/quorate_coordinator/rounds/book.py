@@ -22,6 +22,7 @@ that may never come must not hold back the others. The round's number is in the 
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
@@ -183,6 +184,10 @@ class RoundBook:
         """Rounds open or in grace."""
         return len(self._rounds)
 
+    def is_in_flight(self, round_id: int) -> bool:
+        """Whether a round is open or in grace."""
+        return round_id in self._rounds
+
     def in_flight_of(self, agent: str) -> int:
         """Rounds that wait for one agent."""
         return len(self._rounds_of.get(agent, ()))
@@ -197,9 +202,23 @@ class RoundBook:
         round_ = self._rounds.get(round_id)
         return 0.0 if round_ is None else max(0.0, round_.deadline_at - now)
 
-    def has_place_for(self, request: RoundRequested) -> bool:
-        """Whether one round more, with this question, may be in flight beside all the others."""
-        return not self._explain_no_place(request)
+    def in_the_way(self, request: RoundRequested, rounds: Iterable[int], now: float) -> list[int]:
+        """Those of some rounds in flight, the first of them, that have to end before this one can be opened.
+
+        None where it can be as it is, or could not even if all of them did.
+        """
+        if not self._explain_no_place(request) or isinstance(self._try(request, now), RejectRequest):
+            return []
+        limits = self.limits
+        excess_rounds = len(self._rounds) + 1 - limits.in_flight_max
+        excess_bytes = self._held_bytes + inline_bytes(request.body) - limits.held_bytes_max
+        ending: list[int] = []
+        for round_id in rounds:
+            ending.append(round_id)
+            excess_bytes -= self._held_bytes_of.get(round_id, 0)
+            if len(ending) >= excess_rounds and excess_bytes <= 0:
+                return ending
+        return []
 
     @property
     def is_draining(self) -> bool:
@@ -233,19 +252,11 @@ class RoundBook:
     # --- what events do ---
 
     def _take_request(self, event: RoundRequested, now: float) -> list[Instruction]:
-        everyone = event.selected + event.away
-        if self._is_draining:
-            return [_reject(event, "draining", "the coordinator is draining: it opens no new rounds", retry=True)]
-        if len(set(everyone)) < len(everyone):
-            return [_reject(event, "bad-request", "selected: an agent is named twice", retry=False)]
-        try:
-            round_ = Round(self._last_id + 1, event, now)
-        except NobodySelected:
-            return [_reject(event, "no-agents", f"no agent can be asked to {event.task}", retry=True)]
-        except PolicyConflict as conflict:
-            return [_reject(event, "bad-request", str(conflict), retry=isinstance(conflict, TooFewSelected))]
-        if busy := self._explain_no_place(event) or self._explain_busy(event):
-            return [_reject(event, "busy", busy, retry=True)]
+        round_ = self._try(event, now)
+        if isinstance(round_, RejectRequest):
+            return [round_]
+        if no_place := self._explain_no_place(event):
+            return [_reject(event, "busy", no_place, retry=True)]
         self._last_id = round_.id
         self._rounds[round_.id] = round_
         if event.operator:
@@ -254,6 +265,23 @@ class RoundBook:
             self._rounds_of.setdefault(agent, {})[round_.id] = None
         self._hold(round_.id, round_.body_bytes)
         return round_.open() + self._settle(round_)
+
+    def _try(self, event: RoundRequested, now: float) -> Round | RejectRequest:
+        """The round that is asked for, or why there is none, however few are in flight."""
+        everyone = event.selected + event.away
+        if self._is_draining:
+            return _reject(event, "draining", "the coordinator is draining: it opens no new rounds", retry=True)
+        if len(set(everyone)) < len(everyone):
+            return _reject(event, "bad-request", "selected: an agent is named twice", retry=False)
+        try:
+            round_ = Round(self._last_id + 1, event, now)
+        except NobodySelected:
+            return _reject(event, "no-agents", f"no agent can be asked to {event.task}", retry=True)
+        except PolicyConflict as conflict:
+            return _reject(event, "bad-request", str(conflict), retry=isinstance(conflict, TooFewSelected))
+        if busy := self._explain_busy(event):
+            return _reject(event, "busy", busy, retry=True)
+        return round_
 
     def _explain_no_place(self, event: RoundRequested) -> str:
         limits = self.limits

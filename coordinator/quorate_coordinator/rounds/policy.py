@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from quorate_protocol.errors import LocalError
+from quorate_protocol.limits import SECONDS_MAX
 
 #: Taken off before rounding a fraction of the selected up, so that 0.1 of 30 is 3 and not 4: the
 #: product is 3.0000000000000004 in binary. Far above the error of any fleet's product, far below one agent.
@@ -106,13 +107,13 @@ class RoundPolicy:
         Raises:
             NobodySelected: `selected_count` is 0.
             PolicyConflict: quorum stated twice, not at all, not positive or over the number selected; a
-                deadline that is not positive and finite; a grace that is negative or past the deadline;
+                deadline that is not positive or over a year; a grace that is negative or past the deadline;
                 attempts out of bounds.
         """
         if selected_count < 1:
             raise NobodySelected
-        if not (self.deadline_s > 0 and math.isfinite(self.deadline_s)):
-            raise PolicyConflict("deadline_s", f"{self.deadline_s:g} s is not a positive time")
+        if not 0 < self.deadline_s <= SECONDS_MAX:
+            raise PolicyConflict("deadline_s", f"{self.deadline_s:g} s is not a time over 0 and up to a year")
         if self.grace_s is not None and not self.grace_s >= 0:
             raise PolicyConflict("grace_s", f"{self.grace_s:g} s is not a time")
         if self.grace_s is not None and self.grace_s > self.deadline_s:

@@ -8,12 +8,13 @@ first byte to the one where the cut is; what follows is what was there before, o
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from quorate_coordinator.journal.prune import Retention, prune
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.records import RoundClosed
 from quorate_coordinator.journal.schema import JOURNAL_NAME
+from quorate_coordinator.journal.stall import Stall
 from quorate_coordinator.journal.writer import Journal, _Committer
 from quorate_coordinator.recovery import Recovered, recover
 from quorate_coordinator.simulation.disk import KEEP_S, MakeLearner, OnPruned, SimDisk
@@ -59,7 +60,8 @@ class JournalDisk(SimDisk):
         # Nobody pulls the plug on the machine that simulates.
         self._journal._connection.execute("PRAGMA synchronous = OFF")
         self._reader = JournalReader(self._file)
-        self._committer = _Committer(self._journal, _AtOnce(), _ignore, _raise, _ignore)  # type: ignore[arg-type]
+        loop: Any = _AtOnce()
+        self._committer = _Committer(self._journal, loop, Stall(loop, lambda: (0, 0), _ignore, _raise, _ignore))
 
     @property
     def _wal(self) -> Path:

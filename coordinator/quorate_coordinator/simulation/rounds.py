@@ -318,7 +318,8 @@ class Rounds:
             case ri.LearnTruth(request_id, outcome, _):
                 self._auditor.truth_learned(outcome.round)
                 record, revealed = self.ledger.learn(instruction)
-                self._record(record, None if revealed is None else Announcement(request_id, revealed))
+                assert revealed is not None, "this learner learns from any truth"
+                self._record(record, Announcement(request_id, revealed))
             case ri.RejectRequest():
                 self._reject(instruction)
             case ri.NoteStray(kind, round_id, agent):
@@ -403,8 +404,9 @@ class Rounds:
         self._problem = ""
 
     def _answer_unrecorded(self, announcement: Announcement) -> None:
-        told = Told(announcement.answer.round, "", error="not-recorded", retry=True)
-        if isinstance(announcement.answer, Revealed):
+        said = _said(announcement)
+        told = Told(said.round, "", error="not-recorded", retry=True)
+        if isinstance(said, Revealed):
             _, answer = self._reveals.pop(announcement.request_id, (0, None))
             if answer is not None:
                 answer(told)
@@ -414,7 +416,7 @@ class Rounds:
                 answer(told)
 
     def _announce(self, announcement: Announcement) -> None:
-        said = announcement.answer
+        said = _said(announcement)
         if isinstance(said, Revealed):
             self._auditor.truth_announced(said.round, self._disk.durable)
             _, answer = self._reveals.pop(announcement.request_id, (0, None))
@@ -477,3 +479,8 @@ class Rounds:
         if self._asks or self._reveals:
             found.append(f"{len(self._asks)} asks and {len(self._reveals)} reveals wait")
         return ", ".join(found)
+
+
+def _said(announcement: Announcement) -> Outcome | Revealed:
+    assert not isinstance(announcement.answer, CallFailed), "this learner does not fail"
+    return announcement.answer
