@@ -7,7 +7,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from quorate_coordinator.cli.main import app
+from quorate_coordinator.cli.app import app
 from simulation.broken_cores import BROKEN
 
 SMALL = ("--agents", "8", "--hours", "0.08")

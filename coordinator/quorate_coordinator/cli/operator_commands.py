@@ -27,6 +27,7 @@ from quorate_coordinator.feeding.run import AskOptions
 from quorate_coordinator.feeding.run import feed as feed_instances
 from quorate_coordinator.feeding.sources import FileFormat, Instance, SourceInvalid, read_instances
 from quorate_coordinator.feeding.tally import Tally
+from quorate_protocol.command import interruptible
 from quorate_protocol.errors import CallFailed, ConfigurationError, LinkError, QuorateError
 
 
@@ -122,8 +123,9 @@ def feed(
         rows = read_instances(file, target=target, file_format=chosen, interruption=interruption)
         try:
             # What is wrong with the file shows before anybody is connected to.
-            first = list(itertools.islice(rows, skip, skip + 1))
-            asyncio.run(call(itertools.islice(itertools.chain(first, rows), limit), interruption))
+            with interruptible():
+                first = list(itertools.islice(rows, skip, skip + 1))
+                asyncio.run(call(itertools.islice(itertools.chain(first, rows), limit), interruption))
         except (QuorateError, KeyboardInterrupt) as error:
             problem, code = common.explain(error)
             if line and not isinstance(error, SourceInvalid | KeyboardInterrupt):

@@ -57,22 +57,30 @@ def coordinator(
     from quorate_coordinator.settings import load_settings
     from quorate_protocol import logs
 
+    with _settings_errors_shown(config):
+        settings = load_settings(config, os.environ)
+        if check:
+            check_files(settings)
+            common.print_json(settings.model_dump(mode="json"))
+            return
+    from quorate_coordinator.daemon import run_daemon  # with the learner, which takes a second to import
+
+    with _settings_errors_shown(config):
+        logs.configure(settings.log.level, settings.log.format)
+        relax_collector()
+        code = asyncio.run(run_daemon(settings))
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _settings_errors_shown(config: Path | None) -> Iterator[None]:
+    """As `common.errors_shown`; what is wrong with a setting, with the file that it may be from."""
     with common.errors_shown():
         try:
-            settings = load_settings(config, os.environ)
-            if check:
-                check_files(settings)
-                common.print_json(settings.model_dump(mode="json"))
-                return
-            from quorate_coordinator.daemon import run_daemon  # with the learner, which takes a second to import
-
-            logs.configure(settings.log.level, settings.log.format)
-            relax_collector()
-            code = asyncio.run(run_daemon(settings))
+            yield
         except ConfigurationError as error:
             is_named = config is None or str(error).startswith(f"{config}: ")
             common.fail(str(error) if is_named else f"{config}: {error}", common.EXIT_USAGE)
-    raise typer.Exit(code)
 
 
 def demo(
