@@ -77,6 +77,9 @@ LabelOption = Annotated[
 
 DEFAULT_COORDINATOR: Final = "quic://localhost:4433"
 
+#: Rows or rounds that one command goes through at the most: over anybody's patience, and a slice can count so far.
+COUNT_MAX: Final = 1_000_000_000
+
 #: Argument that stands for standard input.
 STDIN: Final = "-"
 

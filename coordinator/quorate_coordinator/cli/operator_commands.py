@@ -73,9 +73,14 @@ def feed(
         str | None, typer.Option("--format", metavar="csv|jsonl", help="Instead of going by the file's name.")
     ] = None,
     skip: Annotated[
-        int, typer.Option(metavar="N", help="Leave out the first N rows: those fed before, say.", min=0)
+        int,
+        typer.Option(
+            metavar="N", help="Leave out the first N rows: those fed before, say.", min=0, max=common.COUNT_MAX
+        ),
     ] = 0,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Feed at most N rows.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Feed at most N rows.", min=1, max=common.COUNT_MAX)
+    ] = None,
     coordinator: CoordinatorOption = DEFAULT_COORDINATOR,
     quorum: QuorumOption = None,
     grace: GraceOption = None,

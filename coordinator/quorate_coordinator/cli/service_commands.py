@@ -87,7 +87,9 @@ def demo(
     dataset: Annotated[
         str, typer.Option(metavar="NAME", help="image-segments, phishing, bananas or shuttle.")
     ] = "image-segments",
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N instances.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N instances.", min=1, max=common.COUNT_MAX)
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the models that draw at random.", min=0)] = 42,
     json_output: common.JsonOption = False,
     serve: Annotated[
@@ -152,7 +154,9 @@ def _bench_errors_shown() -> Iterator[None]:
 
 @bench.command("coordination")
 def bench_coordination(
-    instances: Annotated[int, typer.Option(metavar="N", help="Rounds to measure.", min=10)] = 1000,
+    instances: Annotated[
+        int, typer.Option(metavar="N", help="Rounds to measure.", min=10, max=common.COUNT_MAX)
+    ] = 1000,
     json_file: JsonFileOption = None,
 ) -> None:
     """Coordination overhead of a round with six agents: its time less the slowest agent's own compute."""
@@ -161,6 +165,7 @@ def bench_coordination(
     from quorate_coordinator.bench.report import show
 
     with _demo_errors_shown():
+        _check_bench(json_file, None, None)
         show(asyncio.run(measure_coordination(instances)), json_file)
 
 
