@@ -137,6 +137,8 @@ def test_wrong_arguments_are_named(quorate: Command, arguments: str, problem: st
         "feed x.csv --task t --limit 0",
         "feed x.csv --task t --limit 99999999999999999999",
         "feed x.csv --task t --skip 99999999999999999999",
+        "journal export --after 99999999999999999999",
+        "journal export --round 99999999999999999999",
         "demo --limit 99999999999999999999",
         "bench coordination --instances 99999999999999999999",
         "fed",
