@@ -5,13 +5,10 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import Final
 
 from quorate_agent.worker import Ending, Worker
+from quorate_protocol.command import EXIT_INTERRUPTED
 from quorate_protocol.garbage import relax_collector
-
-#: What a shell reports of a process that SIGINT ended.
-_EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def serve(worker: Worker) -> Ending:
@@ -39,7 +36,7 @@ async def _serve(worker: Worker) -> Ending:
             interrupts += 1
             if interrupts > 1:
                 os.write(2, b"interrupted twice: ending at once\n")
-                os._exit(_EXIT_INTERRUPTED)
+                os._exit(EXIT_INTERRUPTED)
             if sys.stderr.isatty():
                 os.write(2, b"\nfinishing what runs; interrupt again to end at once\n")
         loop.call_soon_threadsafe(worker.request_stop, signal.Signals(number).name)

@@ -16,7 +16,7 @@ import pytest
 
 from agent_peer import PATIENCE_S, Peer, PeerSession, listening_peer
 from quorate_agent import events as ev
-from quorate_agent.cli import _EXIT_CODES
+from quorate_agent.commands import _EXIT_CODES
 from quorate_protocol.errors import Code
 from quorate_protocol.messages import Drain, Refusal
 

@@ -449,7 +449,7 @@ async def test_feed_asks_reveals_and_reports(operated: Operated, tmp_path: Path)
         "latency_p50_ms",
         "latency_p99_ms",
     ]
-    assert memory.split("\t")[:5] == ["memory", "1.0000", "1.000", "18", "2 (2 declined)"]
+    assert memory.split("\t")[:5] == ["memory", "1.0000", "1.000", "18", "2 declined"]
     assert ensemble.split("\t")[:5] == ["ensemble", "0.9000", "1.000", "18", "2"]
     assert summary.startswith("20 rounds in ")
     assert "without an answer: 2 failed" in summary

@@ -25,7 +25,7 @@ from journal_making import (
     write_journal,
 )
 from processes import PATIENCE_S, QUORATE, clean_environment, quorate
-from quorate_coordinator.cli.main import app
+from quorate_coordinator.cli.app import app
 from quorate_coordinator.journal.records import ExperienceTaken, RecordedResult, RoundClosed, TruthTold
 from quorate_coordinator.journal.writer import Journal
 from quorate_protocol.fields import BodyRef

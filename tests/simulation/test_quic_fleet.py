@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quorate_coordinator.asking import Asking
-from quorate_coordinator.cli.main import app
+from quorate_coordinator.cli.app import app
 from quorate_coordinator.quic_simulation.faults import PLAYED
 from quorate_coordinator.quic_simulation.history import History, NotHeld
 from quorate_coordinator.quic_simulation.network import COORDINATOR_NAME, FleetNetwork

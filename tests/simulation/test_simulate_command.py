@@ -7,7 +7,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from quorate_coordinator.cli.main import app
+from quorate_coordinator.cli.app import app
+from quorate_coordinator.quic_simulation import run as quic_run
+from quorate_coordinator.simulation import planning
 from simulation.broken_cores import BROKEN
 
 SMALL = ("--agents", "8", "--hours", "0.08")
@@ -57,14 +59,30 @@ def test_only_what_is_asked_for_goes_wrong() -> None:
     assert json.loads(ended.stdout)["runs"][0]["faults"] == {}
 
 
+def test_the_help_says_what_is_taken() -> None:
+    shown = " ".join(run("--help").stdout.split())
+    assert f"Virtual hours, {planning.HOURS_MIN:g} to {planning.HOURS_MAX:g}." in shown
+    assert f"Agents in the fleet, 1 to {planning.AGENTS_MAX}." in shown
+    assert f"with up to {quic_run.AGENTS_MAX} agents." in shown
+    ended = run("--seed", "1", "--agents", "1", "--hours", f"{planning.HOURS_MIN:g}")
+    assert ended.exit_code == 0, ended.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (("--faults", "loss,rain"), "--faults: 'rain' is not one of all, none, loss, "),
-        (("--hours", "0.01"), "--hours: must be at least 0.0583 (210 s)"),
+        (("--hours", "0.0599"), "--hours: must be from 0.06 to 1000, is 0.0599"),
+        (("--hours", "nan"), "--hours: must be from 0.06 to 1000, is nan"),
+        (("--hours", "inf"), "--hours: must be from 0.06 to 1000, is inf"),
+        (("--agents", "0"), "--agents: must be from 1 to 16384, is 0"),
+        (("--agents", "16385"), "--agents: must be from 1 to 16384, is 16385"),
+        (("--agents", "101", "--engine", "quic"), "--agents: must be at most 100 with --engine quic, is 101"),
         (("--budget", "soon"), "--budget: 'soon' is not a time"),
         (("--budget", "1s", "--seeds", "2"), "--budget: says when to stop; --seeds does, too"),
-        (("--plan", "absent.json"), "--plan: cannot read absent.json"),
+        (("--plan", "absent.json"), "--plan: cannot read absent.json: No such file or directory"),
+        (("--plan", "."), "--plan: cannot read .: Is a directory"),
+        (("--plan", "garbage.json"), "--plan: garbage.json is not UTF-8 text (at byte 1)"),
         (("--plan", "broken.json"), "--plan: is no plan ("),
         (("--plan", "old.json"), "--plan: is of version 0; this is version 2"),
         (("--plan", "old.json", "--seed", "1"), "--plan: has its own seed"),
@@ -75,6 +93,7 @@ def test_what_is_wrong_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.json").write_text('{"version": 2}')
+    Path("garbage.json").write_bytes(b"{\xff")
     Path("old.json").write_text('{"version": 0}')
     ended = run(*arguments)
     assert (ended.exit_code, ended.stdout) == (2, "")

@@ -9,7 +9,7 @@ import pytest
 import structlog
 from typer.testing import CliRunner
 
-from quorate_agent import cli
+from quorate_agent import commands
 from quorate_agent.agent import Agent
 
 AGENTS = """
@@ -34,7 +34,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "cli_test_broken.py").write_text("import nowhere_to_be_found\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(cli.logs, "configure", lambda *arguments: None)  # it is the process's, and has tests of its own
+    monkeypatch.setattr(
+        commands.logs, "configure", lambda *arguments: None
+    )  # it is the process's, and has tests of its own
     monkeypatch.setenv("QUORATE_STATE_DIR", str(tmp_path / "nothing-here"))
     monkeypatch.setenv("QUORATE_TOKEN", "x")
     yield tmp_path
@@ -43,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def invoke(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(commands.app, arguments)
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -129,4 +131,4 @@ def test_check_loads_and_lists() -> None:
 def test_the_id_is_chosen_so_that_it_tells_something(
     given: str | None, name: str | None, target: str, chosen: str
 ) -> None:
-    assert re.fullmatch(chosen, cli._choose_id(given, Agent(name), target))
+    assert re.fullmatch(chosen, commands._choose_id(given, Agent(name), target))

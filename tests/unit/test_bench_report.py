@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from quorate_coordinator.bench.picture import draw
 from quorate_coordinator.bench.report import number, show, times
 from quorate_coordinator.bench.result import Result, Row
-from quorate_coordinator.cli.main import app
+from quorate_coordinator.cli.app import app
 from quorate_protocol.errors import ConfigurationError
 
 MACHINE = {"cpu": "some", "cores": 2, "kernel": "6", "python": "3.11"}

@@ -84,10 +84,33 @@ def test_a_fleet_fits_the_terminal(terminal: None, capsys: pytest.CaptureFixture
     header, *table = shown(capsys)
     assert header == "quic://[::1]:4433 · quorate/1 · up 1.1 h · 1 rounds open, 3 closed (3 complete)"
     assert max(map(len, table)) <= 80
-    text = "".join(line[:12].strip() for line in table)
+    # Broken between words, a name after a hyphen; a heading never.
+    words = [word for line in table for word in line.split()]
+    assert words[:8] == ["agent", "state", "tasks", "labels", "replies", "p50/p99", "ms", "weight"]
+    text = "".join(line.split()[0] for line in table if not line.startswith(" "))
     assert "extremely-fast-decision-tree" in text
-    for word in ("connected", "lost 2.1", "min ago", "zone=nort", "kind=tree", "12344/12345", "12.3/1234.5", "0.250"):
-        assert any(word in line for line in table), word
+    for word in ("connected", "lost", "classify", "zone=north", "kind=tree", "12344/12345", "12.3/1234.5", "0.250"):
+        assert word in words, word
+
+
+def test_the_names_of_the_demos_agents_are_whole(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    agents = [AGENTS[0].model_copy(update={"labels": {}, "assignments": 2310, "replies": 2309, "latency_p99_s": 0.023})]
+    _print_fleet(
+        "quic://localhost:4433",
+        Fleet(software="quorate/0.1.0", uptime_s=4e4, rounds_open=0, rounds_closed={"complete": 9999}, agents=agents),
+    )
+    *header, _, _, row = shown(capsys)
+    assert max(map(len, header)) <= 80
+    assert row.split() == ["extremely-fast-decision-tree", "connected", "classify", "2309/2310", "12.3/23.0", "0.250"]
+
+
+def test_words_longer_than_the_terminal_still_fit(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    agents = [AGENTS[0].model_copy(update={"labels": {"path": "x" * 100}})]
+    _print_fleet("quic://h", Fleet(software="q", uptime_s=1.0, rounds_open=0, agents=agents))
+    lines = shown(capsys)
+    assert max(map(len, lines)) <= 80
+    assert sum(line.count("x") for line in lines) == 101
+    assert "weight" in lines[1]
 
 
 def test_a_fleet_without_labels_has_no_such_column(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,6 +227,16 @@ def test_a_report_with_long_names_fits_the_terminal(terminal: None, capsys: pyte
     lines = shown(capsys)
     assert max(map(len, lines)) <= 80
     assert any(line.startswith(f"{name} ") for line in lines)
+
+
+def test_the_demos_report_has_a_line_for_each_agent(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+    tally = run_tally()
+    name = "extremely-fast-decision-tree"
+    tally.add_outcome(outcome(AgentResult(agent=name, status="replied", latency_s=0.0123, weight=0.25)), 0.01)
+    tally.add_outcome(outcome(AgentResult(agent=name, status="declined"), state="failed"), 0.01)
+    print_report("image-segments", tally, 2.0)
+    (row,) = [line for line in shown(capsys) if line.startswith("extremely")]
+    assert re.split(r"\s{2,}", row) == [name, "-", "0.250", "1", "1 declined", "12.3/12.3"]
 
 
 def test_a_report_is_plain_lines_on_a_pipe(pipe: None, capsys: pytest.CaptureFixture[str]) -> None:

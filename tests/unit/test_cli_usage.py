@@ -7,7 +7,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from quorate_coordinator.cli.main import app
+from quorate_coordinator.cli.app import app
 
 
 class Command:
@@ -117,6 +117,8 @@ def test_good_settings_are_printed(quorate: Command) -> None:
         ("feed DIR/x.csv --task t --format xml", "--format: 'xml' is neither csv nor jsonl"),
         ("feed DIR/x.csv --task t --format jsonl", "DIR/x.csv, line 1: not JSON"),
         ("feed DIR/x.csv --task t --quorum 0", "--quorum: '0' is neither a count (3) nor a share"),
+        ("bench coordination --json DIR", "--json: DIR is a directory"),
+        ("bench coordination --json DIR/absent/x", "--json: cannot write DIR/absent/x: there is no directory"),
         ("demo --dataset titanic", "--dataset: 'titanic' is none of image-segments, phishing, bananas, shuttle"),
     ],
 )
@@ -126,7 +128,22 @@ def test_wrong_arguments_are_named(quorate: Command, arguments: str, problem: st
     assert len(line) < 400
 
 
-@pytest.mark.parametrize("arguments", ["ask t", "feed x.csv", "reveal 0 1", "feed x.csv --task t --limit 0", "fed"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "ask t",
+        "feed x.csv",
+        "reveal 0 1",
+        "feed x.csv --task t --limit 0",
+        "feed x.csv --task t --limit 99999999999999999999",
+        "feed x.csv --task t --skip 99999999999999999999",
+        "journal export --after 99999999999999999999",
+        "journal export --round 99999999999999999999",
+        "demo --limit 99999999999999999999",
+        "bench coordination --instances 99999999999999999999",
+        "fed",
+    ],
+)
 def test_what_the_parser_finds_shows_the_usage(quorate: Command, arguments: str) -> None:
     ended = quorate(*arguments.split())
     assert ended.exit_code == 2

@@ -24,6 +24,7 @@ from quorate_coordinator.cli.common import (
     QuorumOption,
     TokenFileOption,
 )
+from quorate_coordinator.tables import fitted_table
 from quorate_protocol.client import Replies
 from quorate_protocol.errors import BodyMissing, CallFailed, FrameMalformed, LinkError, Refused
 from quorate_protocol.messages import AgentResult, Outcome
@@ -245,7 +246,7 @@ def _print_outcome(outcome: Outcome, *, has_table: bool = True) -> None:
         with common.errors_shown():
             console.print(Text(common.json_text(_shown(outcome)), style="bold green"))
     if has_table:
-        console.print(_table_of(outcome))
+        console.print(_table_of(outcome, console.width))
     support = "" if outcome.support is None else f" · support {outcome.support:.0%}"
     replied = sum(result.status == "replied" for result in outcome.results)
     left_out = f" · {outcome.left_out} more agents are left out" if outcome.left_out else ""
@@ -257,23 +258,24 @@ def _print_outcome(outcome: Outcome, *, has_table: bool = True) -> None:
     )
 
 
-def _table_of(outcome: Outcome) -> Table:
+def _table_of(outcome: Outcome, width: int) -> Table:
     """A line for each agent."""
-    table = common.plain_table()
-    table.add_column("agent", overflow="fold", min_width=12)
-    table.add_column("status", no_wrap=True)
-    table.add_column("answer", overflow="fold")
-    for heading in ("weight", "latency ms", "compute ms"):
-        table.add_column(heading, justify="right")
+    rows = []
     for result in outcome.results:
         answered = result.status == "replied"
         answer, error = _answer_of(result)
-        table.add_row(
-            result.agent,
-            Text(result.status, style="" if answered else "yellow"),
-            Text(common.one_line(error)) if error else Text(common.json_text(answer) if answered else ""),
-            "-" if result.weight is None else f"{result.weight:.3f}",
-            "-" if result.latency_s is None else f"{result.latency_s * 1000:.1f}",
-            f"{result.compute_s * 1000:.1f}" if answered else "-",
+        rows.append(
+            [
+                Text(result.agent),
+                Text(result.status, style="" if answered else "yellow"),
+                Text(common.one_line(error) if error else common.json_text(answer) if answered else ""),
+                Text("-" if result.weight is None else f"{result.weight:.3f}"),
+                Text("-" if result.latency_s is None else f"{result.latency_s * 1000:.1f}"),
+                Text(f"{result.compute_s * 1000:.1f}" if answered else "-"),
+            ]
         )
+    headings = ("agent", "status", "answer", "weight", "latency ms", "compute ms")
+    table = fitted_table(width, headings, rows, left=3)
+    for row in rows:
+        table.add_row(*row)
     return table

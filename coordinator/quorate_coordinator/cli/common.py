@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
-from rich import box
-from rich.table import Table
 
 from quorate_protocol.client import Client
+from quorate_protocol.command import EXIT_INTERRUPTED, interruptible
 from quorate_protocol.credentials import find_ca, find_token
 from quorate_protocol.errors import (
     ArgumentInvalid,
@@ -35,7 +34,6 @@ EXIT_USAGE: Final = 2
 EXIT_REFUSED: Final = 3
 EXIT_UNREACHABLE: Final = 5
 EXIT_NO_ANSWER: Final = 6
-EXIT_INTERRUPTED: Final = 130
 
 #: What each extra brings that the commands need, as import name.
 _EXTRA_MODULES: Final = {
@@ -79,6 +77,9 @@ LabelOption = Annotated[
 
 DEFAULT_COORDINATOR: Final = "quic://localhost:4433"
 
+#: Rows or rounds that one command goes through at the most: over anybody's patience, and a slice can count so far.
+COUNT_MAX: Final = 1_000_000_000
+
 #: Argument that stands for standard input.
 STDIN: Final = "-"
 
@@ -98,9 +99,10 @@ def one_line(text: str) -> str:
 
 @contextlib.contextmanager
 def errors_shown() -> Iterator[None]:
-    """Errors become one line and an exit code."""
+    """Errors become one line and an exit code, and so does Ctrl-C."""
     try:
-        yield
+        with interruptible():
+            yield
     except (QuorateError, KeyboardInterrupt) as error:
         fail(*explain(error))
 
@@ -303,11 +305,6 @@ def print_json(value: Any) -> None:
     """One object on standard output."""
     with errors_shown():
         typer.echo(json_text(value, indent=2 if sys.stdout.isatty() else None))
-
-
-def plain_table() -> Table:
-    """A table without a frame."""
-    return Table(header_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _escape(char: str) -> str:

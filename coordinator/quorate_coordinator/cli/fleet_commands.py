@@ -17,6 +17,7 @@ from quorate_coordinator.cli.common import (
     JsonOption,
     TokenFileOption,
 )
+from quorate_coordinator.tables import fitted_table
 from quorate_protocol.client import Client
 from quorate_protocol.messages import AgentInfo, Fleet
 
@@ -93,10 +94,6 @@ async def _await_leaving(client: Client, agent: str, wait_s: float) -> str:
         await asyncio.sleep(_LEFT_POLL_S)
 
 
-#: Columns that agents' names have at the least, however much the other columns want.
-_NAME_WIDTH_MIN: Final = 12
-
-
 def _print_fleet(coordinator: str, fleet: Fleet) -> None:
     console = Console()
     closed = sum(fleet.rounds_closed.values())
@@ -107,7 +104,7 @@ def _print_fleet(coordinator: str, fleet: Fleet) -> None:
         f"{closed} closed{f' ({states})' if states else ''}{draining}",
         highlight=False,
         markup=False,
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
     if not fleet.agents and not fleet.left_out:
         console.print("no agents have joined yet; start one with: quorate-agent run MODULE:ATTRIBUTE", style="yellow")
@@ -131,19 +128,11 @@ def _print_table(console: Console, agents: Sequence[AgentInfo]) -> None:
     if not any(agent.labels for agent in agents):
         headings.remove("labels")
         rows = [[*row[:3], *row[4:]] for row in rows]
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    table = common.plain_table()
-    # Of a fixed width, or the names would be the first to be squeezed.
-    room = console.width - sum(widths[1:]) - 2 * len(widths)
-    table.add_column("agent", overflow="fold", width=min(widths[0], max(_NAME_WIDTH_MIN, room)))
-    for heading in headings[1:-3]:
-        table.add_column(heading, overflow="fold")
-    for heading in ("replies", "p50/p99 ms"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("weight", justify="right", overflow="fold")
-    for agent, (name, state, *others) in zip(agents, rows, strict=True):
-        style = {"connected": "green", "lost": "red"}.get(agent.state, "yellow")
-        table.add_row(Text(name), Text(state, style=style), *map(Text, others))
+    cells = [[Text(cell) for cell in row] for row in rows]
+    table = fitted_table(console.width, headings, cells, left=len(headings) - 3)
+    for agent, row in zip(agents, cells, strict=True):
+        row[1].style = {"connected": "green", "lost": "red"}.get(agent.state, "yellow")
+        table.add_row(*row)
     console.print(table)
 
 

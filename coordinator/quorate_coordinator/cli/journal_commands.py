@@ -50,6 +50,9 @@ StateDirOption = Annotated[
 #: Fields that hold something packed by an agent or operator.
 _BODIES: Final = frozenset({"body", "answer", "truth"})
 
+#: Largest number that SQLite has.
+_NUMBER_MAX: Final = (1 << 63) - 1
+
 _SIZES: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -86,12 +89,16 @@ def export_command(
     file: FileArgument = None,
     state_dir: StateDirOption = None,
     output_format: Annotated[str, typer.Option("--format", metavar="jsonl", help="JSON lines.")] = "jsonl",
-    after: Annotated[int, typer.Option(metavar="SEQ", help="Only records after this number.", min=0)] = 0,
+    after: Annotated[
+        int, typer.Option(metavar="SEQ", help="Only records after this number.", min=0, max=_NUMBER_MAX)
+    ] = 0,
     kind: Annotated[
         list[str] | None,
         typer.Option(metavar="KIND", help=f"Only records of this kind: {', '.join(KINDS)}. Repeatable."),
     ] = None,
-    round: Annotated[int | None, typer.Option(metavar="N", help="Only records of this round.", min=1)] = None,
+    round: Annotated[
+        int | None, typer.Option(metavar="N", help="Only records of this round.", min=1, max=_NUMBER_MAX)
+    ] = None,
 ) -> None:
     """Print the records as JSON lines, in their order: one object with seq, at (Unix time), kind and its fields.
 

@@ -27,6 +27,7 @@ from quorate_coordinator.feeding.run import AskOptions
 from quorate_coordinator.feeding.run import feed as feed_instances
 from quorate_coordinator.feeding.sources import FileFormat, Instance, SourceInvalid, read_instances
 from quorate_coordinator.feeding.tally import Tally
+from quorate_protocol.command import interruptible
 from quorate_protocol.errors import CallFailed, ConfigurationError, LinkError, QuorateError
 
 
@@ -72,9 +73,14 @@ def feed(
         str | None, typer.Option("--format", metavar="csv|jsonl", help="Instead of going by the file's name.")
     ] = None,
     skip: Annotated[
-        int, typer.Option(metavar="N", help="Leave out the first N rows: those fed before, say.", min=0)
+        int,
+        typer.Option(
+            metavar="N", help="Leave out the first N rows: those fed before, say.", min=0, max=common.COUNT_MAX
+        ),
     ] = 0,
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Feed at most N rows.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Feed at most N rows.", min=1, max=common.COUNT_MAX)
+    ] = None,
     coordinator: CoordinatorOption = DEFAULT_COORDINATOR,
     quorum: QuorumOption = None,
     grace: GraceOption = None,
@@ -122,8 +128,9 @@ def feed(
         rows = read_instances(file, target=target, file_format=chosen, interruption=interruption)
         try:
             # What is wrong with the file shows before anybody is connected to.
-            first = list(itertools.islice(rows, skip, skip + 1))
-            asyncio.run(call(itertools.islice(itertools.chain(first, rows), limit), interruption))
+            with interruptible():
+                first = list(itertools.islice(rows, skip, skip + 1))
+                asyncio.run(call(itertools.islice(itertools.chain(first, rows), limit), interruption))
         except (QuorateError, KeyboardInterrupt) as error:
             problem, code = common.explain(error)
             if line and not isinstance(error, SourceInvalid | KeyboardInterrupt):

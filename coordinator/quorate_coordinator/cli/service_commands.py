@@ -57,29 +57,39 @@ def coordinator(
     from quorate_coordinator.settings import load_settings
     from quorate_protocol import logs
 
+    with _settings_errors_shown(config):
+        settings = load_settings(config, os.environ)
+        if check:
+            check_files(settings)
+            common.print_json(settings.model_dump(mode="json"))
+            return
+    from quorate_coordinator.daemon import run_daemon  # with the learner, which takes a second to import
+
+    with _settings_errors_shown(config):
+        logs.configure(settings.log.level, settings.log.format)
+        relax_collector()
+        code = asyncio.run(run_daemon(settings))
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _settings_errors_shown(config: Path | None) -> Iterator[None]:
+    """As `common.errors_shown`; what is wrong with a setting, with the file that it may be from."""
     with common.errors_shown():
         try:
-            settings = load_settings(config, os.environ)
-            if check:
-                check_files(settings)
-                common.print_json(settings.model_dump(mode="json"))
-                return
-            from quorate_coordinator.daemon import run_daemon  # with the learner, which takes a second to import
-
-            logs.configure(settings.log.level, settings.log.format)
-            relax_collector()
-            code = asyncio.run(run_daemon(settings))
+            yield
         except ConfigurationError as error:
             is_named = config is None or str(error).startswith(f"{config}: ")
             common.fail(str(error) if is_named else f"{config}: {error}", common.EXIT_USAGE)
-    raise typer.Exit(code)
 
 
 def demo(
     dataset: Annotated[
         str, typer.Option(metavar="NAME", help="image-segments, phishing, bananas or shuttle.")
     ] = "image-segments",
-    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first N instances.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N instances.", min=1, max=common.COUNT_MAX)
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the models that draw at random.", min=0)] = 42,
     json_output: common.JsonOption = False,
     serve: Annotated[
@@ -144,7 +154,9 @@ def _bench_errors_shown() -> Iterator[None]:
 
 @bench.command("coordination")
 def bench_coordination(
-    instances: Annotated[int, typer.Option(metavar="N", help="Rounds to measure.", min=10)] = 1000,
+    instances: Annotated[
+        int, typer.Option(metavar="N", help="Rounds to measure.", min=10, max=common.COUNT_MAX)
+    ] = 1000,
     json_file: JsonFileOption = None,
 ) -> None:
     """Coordination overhead of a round with six agents: its time less the slowest agent's own compute."""
@@ -153,6 +165,7 @@ def bench_coordination(
     from quorate_coordinator.bench.report import show
 
     with _demo_errors_shown():
+        _check_bench(json_file, None, None)
         show(asyncio.run(measure_coordination(instances)), json_file)
 
 

@@ -17,8 +17,8 @@ def simulate(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="What all is drawn from; any, and printed.", min=0)
     ] = None,
-    agents: Annotated[int, typer.Option(metavar="N", help="Agents in the fleet.", min=1)] = 50,
-    hours: Annotated[float, typer.Option(metavar="H", help="Virtual hours.", min=0.0)] = 0.5,
+    agents: Annotated[int, typer.Option(metavar="N", help="Agents in the fleet, 1 to 16384.")] = 50,
+    hours: Annotated[float, typer.Option(metavar="H", help="Virtual hours, 0.06 to 1000.")] = 0.5,
     faults: Annotated[
         str, typer.Option(metavar="KINDS", help="What goes wrong: all, none, or a list such as loss,partition.")
     ] = "all",
@@ -34,7 +34,8 @@ def simulate(
     engine: Annotated[
         str,
         typer.Option(
-            metavar="ENGINE", help="model: the cores in models of their shells; quic: all that is real, small fleets."
+            metavar="ENGINE",
+            help="model: the cores in models of their shells; quic: all that is real, with up to 100 agents.",
         ),
     ] = "model",
     json_output: common.JsonOption = False,
@@ -145,8 +146,10 @@ def _plans(
             raise ConfigurationError("--plan", "has its own seed: leave --seed, --seeds and --budget out")
         try:
             plan = Plan.from_json(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError("--plan", f"cannot read {file}: {error}") from None
+        except OSError as error:
+            raise ConfigurationError("--plan", f"cannot read {file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigurationError("--plan", f"{file} is not UTF-8 text (at byte {error.start})") from None
         yield plan if engine == "model" else _playable(plan, [fault.kind for fault in plan.faults])
         return
     if seeds is not None and budget is not None:

@@ -3,10 +3,9 @@
 import time
 from collections import Counter
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,9 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quorate_coordinator.feeding.tally import Tally, quantile
-
-#: Characters of a name that a table on a terminal leaves unfolded.
-_NAME_WIDTH_MAX: Final = 28
+from quorate_coordinator.tables import fitted_table
 
 
 class LiveProgress:
@@ -94,7 +91,7 @@ def print_report(title: str, tally: Tally, elapsed_s: float) -> None:
     """The table on a terminal; tab-separated lines on a pipe."""
     console = Console()
     if console.is_terminal:
-        console.print(_table(title, tally))
+        console.print(_table(title, tally, console.width))
         console.print(_summary(tally, elapsed_s), highlight=False)
         return
     typer.echo("agent\taccuracy\tweight\treplies\tmissed\tlatency_p50_ms\tlatency_p99_ms")
@@ -103,26 +100,18 @@ def print_report(title: str, tally: Tally, elapsed_s: float) -> None:
     typer.echo(_summary(tally, elapsed_s))
 
 
-def _table(title: str, tally: Tally) -> Table:
-    # Without a frame, so that 80 columns hold it.
-    table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    rows = _rows(tally)
-    table.add_column("agent", overflow="fold", width=min(_NAME_WIDTH_MAX, max(len(name) for name, _ in rows)))
-    for heading in ("accuracy", "weight", "replies", "missed", "p50/p99 ms"):
-        table.add_column(heading, justify="right", no_wrap=heading != "missed")
-    for name, (*cells, p50_ms, p99_ms) in rows:
-        if name == "ensemble":
-            table.add_section()
+def _table(title: str, tally: Tally, width: int) -> Table:
+    rows = []
+    for name, (*cells, p50_ms, p99_ms) in _rows(tally):
         times = p50_ms if p50_ms == p99_ms == "-" else f"{p50_ms}/{p99_ms}"
-        table.add_row(name, *cells, times, style="bold green" if name == "ensemble" else None)
+        rows.append([Text(cell) for cell in (name, *cells, times)])
+    table = fitted_table(width, ("agent", "accuracy", "weight", "replies", "missed", "p50/p99 ms"), rows)
+    table.title, table.title_justify = Text(title, style="bold"), "left"
+    *agents, ensemble = rows
+    for row in agents:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*ensemble, style="bold green")
     return table
 
 
@@ -174,9 +163,12 @@ def _summary(tally: Tally, elapsed_s: float) -> str:
 
 
 def _missed(others: Counter[str]) -> str:
-    """How an agent's other parts ended: `0`, or `3 (2 late, 1 failed)`."""
+    """How an agent's other parts ended: `0`, `1 declined`, or `3 (2 late, 1 failed)`."""
     if not others:
         return "0"
+    if len(others) == 1:
+        ((status, count),) = others.items()
+        return f"{count} {status}"
     return f"{others.total()} ({', '.join(f'{count} {status}' for status, count in others.most_common())})"
 
 

@@ -9,13 +9,20 @@ from quorate_coordinator.simulation.faults import COORDINATOR
 from quorate_coordinator.simulation.plan import FAULT_KINDS, OPERATORS, CallPlan, Fault, Plan, RevealPlan
 from quorate_coordinator.simulation.tasks import EVERYBODY, middle_tasks, small_tasks
 from quorate_protocol.errors import ConfigurationError
+from quorate_protocol.limits import CONNECTIONS_MAX
 
 #: Seconds without faults or calls at the end of a run, in which everything has to come to rest. Over what the slowest
 #: recovery takes: an agent that notices the silence only when the last fault ends, and backs off.
 QUIET_S: Final = 150.0
 
-#: Least seconds of a run: less leaves no time for anything to go wrong before the quiet.
-RUN_MIN_S: Final = QUIET_S + 60.0
+#: Hours of a run at the least: a minute in which something can go wrong, and then the quiet.
+HOURS_MIN: Final = 0.06
+
+#: And at the most: more is days of computing, and a plan that is made first fills the memory.
+HOURS_MAX: Final = 1000.0
+
+#: Agents at the most: a coordinator takes no more.
+AGENTS_MAX: Final = CONNECTIONS_MAX
 
 #: Calls in an hour, beside bursts: few in a great fleet, because agents are mostly idle; more in a small one, where
 #: there should mostly be something in flight when something goes wrong.
@@ -74,14 +81,11 @@ def make_plan(seed: int, *, agents: int, hours: float, kinds: Iterable[str] = FA
     Raises:
         ConfigurationError: a number makes no sense.
     """
-    if agents < 1:
-        raise ConfigurationError("--agents", f"must be at least 1, is {agents}")
+    if not 1 <= agents <= AGENTS_MAX:
+        raise ConfigurationError("--agents", f"must be from 1 to {AGENTS_MAX}, is {agents}")
+    if not HOURS_MIN <= hours <= HOURS_MAX:
+        raise ConfigurationError("--hours", f"must be from {HOURS_MIN:g} to {HOURS_MAX:g}, is {hours:g}")
     busy_s = hours * 3600.0 - QUIET_S
-    if busy_s < RUN_MIN_S - QUIET_S:
-        raise ConfigurationError(
-            "--hours", f"must be at least {RUN_MIN_S / 3600:.3g} ({RUN_MIN_S:g} s): a run ends with {QUIET_S:g} quiet "
-            f"seconds, is {hours:g}"
-        )  # fmt: skip
     draw = _stream(seed, "plan storms")
     storms = [draw.uniform(0.0, busy_s) for _ in range(max(1, round(_STORMS_AN_HOUR * busy_s / 3600.0)))]
     faults: list[Fault] = []

@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 
 from quorate_coordinator.simulation.coordinator import Cores
 from quorate_coordinator.simulation.plan import Plan
-from quorate_coordinator.simulation.planning import QUIET_S, RUN_MIN_S
+from quorate_coordinator.simulation.planning import HOURS_MIN, QUIET_S
 from quorate_coordinator.simulation.run import Report, Violation, simulate
 
 ItemT = TypeVar("ItemT")
@@ -113,7 +113,7 @@ class _Shortening:
     def _drop_time(self) -> None:
         ends = [fault.at_s + fault.duration_s for fault in self.plan.faults]
         ends += [call.at_s + (call.reveal.after_s if call.reveal else 0.0) for call in self.plan.calls]
-        hours = max(RUN_MIN_S, max(ends, default=0.0) + QUIET_S) / 3600.0
+        hours = max(HOURS_MIN, (max(ends, default=0.0) + QUIET_S) / 3600.0)
         if hours < self.plan.hours:
             self.try_plan(replace(self.plan, hours=hours))
 
