@@ -1,13 +1,14 @@
 """What an agent sends of its own accord, beside replies: streams with a topic, and experiences for the learner."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
 from types import TracebackType
 from typing import Any, Final, Self
 
 from quorate_protocol.arguments import arguments_checked
 from quorate_protocol.bodies import encode_body
-from quorate_protocol.errors import Code, QuorateError
+from quorate_protocol.errors import Code, QuorateError, StoppedByPeer
 from quorate_protocol.messages import ExperienceTold, Modality, Telemetry
 from quorate_protocol.transport.api import Buffer, Connection, Priority, SendStream
 
@@ -38,18 +39,31 @@ class OwnStream:
             StoppedByPeer: nobody takes the topic (code `NOT_WANTED`), or its consumer has had enough.
             ConnectionClosed: the link broke; open the stream again on the next.
         """
-        await self._stream.send(data)
+        with self._explained():
+            await self._stream.send(data)
 
     async def flush(self) -> None:
         """Returns when the coordinator's transport has everything that was sent.
 
         Raises: as `send`.
         """
-        await self._stream.flush()
+        with self._explained():
+            await self._stream.flush()
 
     async def finish(self) -> None:
-        """Ends the stream after what was sent."""
-        await self._stream.finish()
+        """Ends the stream after what was sent.
+
+        Raises: as `send`.
+        """
+        with self._explained():
+            await self._stream.finish()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except StoppedByPeer as error:
+            raise StoppedByPeer(error.code, _why_stopped(error.code, self.topic)) from None
 
     def give_up(self) -> None:
         """Ends the stream at once: what was not delivered may never be."""
@@ -118,6 +132,17 @@ class OwnStreams:
             except QuorateError:
                 del self._telemetry[topic]
                 raise
+
+
+def _why_stopped(code: int, topic: str) -> str:
+    match code:
+        case Code.NOT_WANTED:
+            return f"the coordinator has no consumer for the topic {topic!r} (its setting `consumers`)"
+        case Code.INTERNAL:
+            return f"the coordinator's consumer of the topic {topic!r} failed; the coordinator's log says more"
+        case Code.BUSY:
+            return f"the coordinator has too many streams of this agent open, and takes no further one of {topic!r}"
+    return f"the coordinator's consumer of the topic {topic!r} has had enough"
 
 
 #: Gives the streams of the present link; raises `ConnectionClosed` when there is none.

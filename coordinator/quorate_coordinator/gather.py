@@ -220,7 +220,7 @@ class Gatherer:
                 decode_body(truth)
         except FrameMalformed as error:
             raise CallFailed("bad-request", f"truth: {error}") from None
-        self._check_recording()
+        self._check_recording("truth")
         request_id = next(self._request_ids)
         if isinstance(truth, BodyRef):
             truth = self.shelf.put(("truth", request_id), truth)
@@ -271,9 +271,9 @@ class Gatherer:
         asking.answer(self.shelf.fill_outcome(outcome))
         return asking
 
-    def _check_recording(self) -> None:
+    def _check_recording(self, what: str = "round") -> None:
         if self.recording_problem:
-            message = f"no round is taken, because none can be recorded: {self.recording_problem}"
+            message = f"no {what} is taken, because none can be recorded: {self.recording_problem}"
             raise CallFailed("not-recorded", message, retry=True)
         if self._recorder is not None and self._recorder.is_full:
             raise CallFailed("busy", "so many records wait for the disk that no more are taken", retry=True)

@@ -8,7 +8,7 @@ from typing import Final, Self
 
 import structlog
 
-from quorate_coordinator.journal.database import Lock
+from quorate_coordinator.journal.database import Lock, size_bytes
 from quorate_coordinator.journal.errors import JournalDamaged, JournalUnusable
 from quorate_coordinator.journal.prune import Retention
 from quorate_coordinator.journal.reader import JournalReader, KnownRound
@@ -116,7 +116,7 @@ class Recording:
         log.info(
             "journal_read",
             file=str(journal.file),
-            records=journal.last_seq,
+            last_record=journal.last_seq,
             replayed=recovered.replayed,
             awaiting_truth=len(recovered.awaiting),
             interrupted=len(recovered.cut_off),
@@ -127,8 +127,7 @@ class Recording:
     @property
     def file_bytes(self) -> int:
         """Size of the journal and of its write-ahead log."""
-        files = (self.journal.file, self.journal.file.with_name(self.journal.file.name + "-wal"))
-        return sum(file.stat().st_size for file in files if file.exists())
+        return size_bytes(self.journal.file)
 
     # --- what the gatherer needs ---
 

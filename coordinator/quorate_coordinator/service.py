@@ -369,6 +369,9 @@ class Coordinator:
 
     def _drain_agent(self, agent: str, reason: str) -> None:
         if not self._fleet.drain(agent, reason):
+            gone = next((member for member in self._fleet.registry.agents() if member.agent == agent), None)
+            if gone is not None:
+                raise CallFailed("unknown-agent", f"agent {agent!r} is gone: {gone.state}")
             raise CallFailed("unknown-agent", f"there is no agent {agent!r} in the fleet")
 
     def list_fleet(self) -> FleetListing:
@@ -516,8 +519,8 @@ class Coordinator:
         if not hmac.compare_digest(hello.token.encode(), self._token.encode()):
             log.warning("unauthenticated", role=hello.role, id=hello.id, address=connection.peer)
             raise Refused("unauthenticated", "the token is not this coordinator's")
-        # Rounds in flight wait for the replies of who comes back.
-        if self._is_draining and not (hello.role == "agent" and self._fleet.can_resume(hello)):
+        # Rounds in flight wait for the replies of who comes back, and operators for what becomes of them.
+        if self._is_draining and hello.role == "agent" and not self._fleet.can_resume(hello):
             raise Refused("draining", "the coordinator is draining", retry=True)
 
     async def _renew_certificate(self, server: Server, files: DevelopmentCredentials) -> None:

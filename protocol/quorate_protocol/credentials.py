@@ -45,8 +45,8 @@ def find_token(token_file: Path | None = None, *, environ: Mapping[str, str] | N
     except FileNotFoundError:
         raise ConfigurationError(
             "token",
-            f"none given, and {default} does not exist; name a file with --token-file, or set QUORATE_TOKEN or "
-            "QUORATE_TOKEN_FILE (a coordinator started on this machine writes its own)",
+            f"none given, and {default} does not exist; name a file with --token-file, or set QUORATE_TOKEN, "
+            "QUORATE_TOKEN_FILE, or QUORATE_STATE_DIR (to the state directory of a coordinator on this machine)",
         ) from None
 
 

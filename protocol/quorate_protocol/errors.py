@@ -151,17 +151,23 @@ class ServerClosed(LinkError):
 class StreamError(QuorateError):
     """One stream ended before its end; its connection lives on."""
 
-    def __init__(self, code: int) -> None:
-        super().__init__(f"{type(self).__name__}: {_code_name(code, False)}")
+    _what = "the stream ended early"
+
+    def __init__(self, code: int, why: str = "") -> None:
+        super().__init__(f"{why or self._what}: {_code_name(code, False)}")
         self.code = code
 
 
 class ResetByPeer(StreamError):
     """The peer reset its sending half (RESET_STREAM, RFC 9000, 19.4)."""
 
+    _what = "the peer gave the stream up"
+
 
 class StoppedByPeer(StreamError):
     """The peer does not want our bytes any more (STOP_SENDING, RFC 9000, 19.5)."""
+
+    _what = "the peer reads no more of the stream"
 
 
 class ProtocolError(QuorateError):

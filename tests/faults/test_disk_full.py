@@ -117,7 +117,7 @@ async def test_rounds_are_refused_while_none_can_be_recorded(tmp_path: Path, how
                 # The first that could not be written was over already, and says so.
                 assert "is over, but that cannot be recorded now" in problems[0].message
                 assert "ask again later under the same key" in problems[0].message
-                with pytest.raises(CallFailed, match="no round is taken"):
+                with pytest.raises(CallFailed, match="no truth is taken"):
                     await client.reveal(before.round, "before")
                 # What was announced before is still told, and agents have not noticed anything.
                 assert await client.ask("echo", "before", key="before") == before

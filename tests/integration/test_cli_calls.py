@@ -272,7 +272,9 @@ async def test_an_agent_that_is_drained_ends_with_0(fleet: Fleet, tmp_path: Path
             worker.kill()
             await worker.wait()
     gone = await run(fleet, "drain", "worker")
-    assert (gone.code, gone.line) == (6, "quorate: there is no agent 'worker' in the fleet (unknown-agent)")
+    assert (gone.code, gone.line) == (6, "quorate: agent 'worker' is gone: left (unknown-agent)")
+    stranger = await run(fleet, "drain", "nobody")
+    assert (stranger.code, stranger.line) == (6, "quorate: there is no agent 'nobody' in the fleet (unknown-agent)")
 
 
 async def test_drain_waits_as_long_as_it_is_told(fleet: Fleet) -> None:

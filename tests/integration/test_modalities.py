@@ -117,7 +117,7 @@ async def test_a_cancelled_round_gives_its_streams_up_and_the_agent_stays(fleet:
 
 
 async def test_a_topic_that_nobody_takes_is_said_so(fleet: Fleet) -> None:
-    stopped: list[int] = []
+    stopped: list[StoppedByPeer] = []
     agent = echo("a")
 
     @agent.background
@@ -128,11 +128,12 @@ async def test_a_topic_that_nobody_takes_is_said_so(fleet: Fleet) -> None:
                 await stream.send(b"!")
                 await asyncio.sleep(0)
         except StoppedByPeer as error:
-            stopped.append(error.code)
+            stopped.append(error)
 
     await fleet.join(agent)
     await until(lambda: stopped)
-    assert stopped == [Code.NOT_WANTED]
+    assert stopped[0].code == Code.NOT_WANTED
+    assert str(stopped[0]).startswith("the coordinator has no consumer for the topic 'noise'")
     operator = await fleet.operator()
     assert (await operator.ask("echo", 1)).value == 1
 

@@ -14,8 +14,20 @@ from links import Nat
 from quorate_coordinator import links as links_module
 from quorate_coordinator.membership import LinkBroken
 from quorate_protocol.bodies import encode_body
-from quorate_protocol.errors import Code, Refused
-from quorate_protocol.messages import Assignment, Cancellation, Drain, Feedback, Outcome, Reply, Resume, Welcome
+from quorate_protocol.channel import Channel
+from quorate_protocol.errors import Code
+from quorate_protocol.messages import (
+    Assignment,
+    Cancellation,
+    Drain,
+    Feedback,
+    Hello,
+    Outcome,
+    Refusal,
+    Reply,
+    Resume,
+    Welcome,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -199,8 +211,10 @@ async def test_who_comes_back_is_let_in_by_a_coordinator_that_drains(fleet: Flee
     draining = asyncio.create_task(fleet.coordinator.drain(PATIENCE_S))
     await until(lambda: not fleet.coordinator.is_ready)
     await break_off(fleet, peer)
-    with pytest.raises(Refused, match="draining"):
-        await fleet.operator()
+    stranger = await fleet.peer()
+    stranger.control = Channel(await stranger.open())
+    await stranger.control.send(Hello(id="new", token=fleet.token, tasks=["echo"]))
+    assert (await stranger.take(stranger.control, Refusal)).reason == "draining"
     back = await fleet.peer()
     assert (await back.join(resume=of(welcome, received=1))).resumed
     await back.coordination.send(Reply(round=assignment.round, body=encode_body(7)))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy
 import pytest
 
-from quorate_coordinator.cli.ask_command import _print_outcome
+from quorate_coordinator.cli.ask_command import _outcome_json, _print_outcome
 from quorate_coordinator.cli.fleet_commands import _print_fleet
 from quorate_coordinator.feeding import report
 from quorate_coordinator.feeding.report import LiveProgress, print_report
@@ -290,3 +290,17 @@ def test_a_large_answer_is_said_in_words(capsys: pytest.CaptureFixture[str]) -> 
     lines = " ".join(shown(capsys))
     assert f"array of float32, 512 x 1024 ({len(blob)} bytes)" in lines
     assert f"the body of {len(blob)}" in lines
+
+
+def test_of_a_large_answer_json_says_that_it_is_one() -> None:
+    """No agent could have answered that: it is beside the answer."""
+    blob = blob_of(encode_body_parts({"grid": numpy.zeros((512, 1024), numpy.float32), "who": "a"}))
+    bulk = ref_to(blob).with_content(blob)
+    result = AgentResult(agent="a", status="replied", bulk=bulk)
+    outcome = Outcome(round=1, task="t", state="complete", quorum=1, bulk=bulk, results=[result], duration_s=0.1)
+    shown = _outcome_json(outcome)
+    wanted = {"size": len(blob), "digest": blob.digest.hex(), "is": f"dict of 2 ({len(blob)} bytes)"}
+    assert (shown["answer"], shown["answer_ref"]) == (None, wanted)
+    assert (shown["results"][0]["answer"], shown["results"][0]["answer_ref"]) == (None, wanted)
+    small = outcome.model_copy(update={"bulk": None, "answer": encode_body("dict of 2"), "results": []})
+    assert (_outcome_json(small)["answer"], "answer_ref" in _outcome_json(small)) == ("dict of 2", False)

@@ -154,7 +154,7 @@ def invalid(message: type[Ask] | type[Reveal], **keys: Any) -> ArgumentInvalid:
         (ConnectFailed("quic://h", "nobody there"), "cannot connect to quic://h: nobody there", 5),
         (ConnectionClosed(10, "bye", by_peer=True), "connection closed by the peer: SHUTDOWN (0xa): bye", 5),
         (CallFailed("no-agents", "nobody does it"), "nobody does it (no-agents)", 6),
-        (ResetByPeer(1), "ResetByPeer: INTERNAL (0x1)", 1),
+        (ResetByPeer(1), "the peer gave the stream up: INTERNAL (0x1)", 1),
         (FrameMalformed("body is nothing"), "body is nothing", 1),
         (invalid(Ask, task="a b"), "TASK: String should match pattern", 2),
         (invalid(Ask, deadline_s=0.0), "--deadline: Input should be greater than 0, got 0.0", 2),

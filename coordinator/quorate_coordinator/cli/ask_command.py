@@ -176,7 +176,19 @@ def _show(outcome: Outcome, *, json_output: bool, was_streamed: bool) -> None:
         _print_outcome(outcome, has_table=not was_streamed)
     elif outcome.state in ANSWERED:
         with common.errors_shown():
-            common.print_json(_shown(outcome))
+            common.print_json(_answer_json(outcome) if outcome.bulk is not None else _shown(outcome))
+
+
+def _answer_json(answered: Outcome | AgentResult) -> dict[str, Any]:
+    """An answer under its name; of a large one, under that name with `_ref`, size, digest and what it is.
+
+    Raises:
+        FrameMalformed: it cannot be read.
+    """
+    ref = answered.bulk
+    if ref is None:
+        return {"answer": _shown(answered)}
+    return {"answer": None, "answer_ref": {"size": ref.size, "digest": ref.digest.hex(), "is": _shown(answered)}}
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -186,7 +198,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
         "state": outcome.state,
         "reason": outcome.reason,
         "quorum": outcome.quorum,
-        "answer": _shown(outcome),
+        **_answer_json(outcome),
         "support": outcome.support,
         "duration_ms": _ms(outcome.duration_s),
         "results": [_result_json(result) for result in outcome.results],
@@ -195,11 +207,14 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def _result_json(result: AgentResult) -> dict[str, Any]:
-    answer, error = _answer_of(result)
+    try:
+        answer, error = _answer_json(result), result.error
+    except FrameMalformed as malformed:
+        answer, error = {"answer": None}, _unreadable(malformed)
     return {
         "agent": result.agent,
         "status": result.status,
-        "answer": answer,
+        **answer,
         "error": error,
         "weight": result.weight,
         "latency_ms": None if result.latency_s is None else _ms(result.latency_s),
@@ -212,7 +227,11 @@ def _answer_of(result: AgentResult) -> tuple[Any, str]:
     try:
         return _shown(result), result.error
     except FrameMalformed as error:
-        return None, f"its answer cannot be read: {error}"
+        return None, _unreadable(error)
+
+
+def _unreadable(error: FrameMalformed) -> str:
+    return f"its answer cannot be read: {error}"
 
 
 def _shown(answered: Outcome | AgentResult) -> Any:

@@ -218,6 +218,11 @@ def explain(error: sqlite3.Error, file: Path) -> str:
     return str(error)
 
 
+def size_bytes(file: Path) -> int:
+    """Size of a journal and of its write-ahead log."""
+    return sum(path.stat().st_size for path in (file, _beside(file, "-wal")) if path.exists())
+
+
 def _beside(file: Path, suffix: str) -> Path:
     return file.with_name(file.name + suffix)
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
-from quorate_coordinator.journal.database import damage_told
+from quorate_coordinator.journal.database import damage_told, size_bytes
 from quorate_coordinator.journal.errors import JournalDamaged
 from quorate_coordinator.journal.reader import JournalReader, Pruned
 from quorate_coordinator.journal.records import Record, ReplyLate, RoundClosed, RoundOpened, TruthTold
@@ -39,7 +39,7 @@ class Verification:
     last_seq: int = 0
     #: Up to which number records have been taken away, some or all; 0 for none.
     pruned_seq: int = 0
-    #: Of the file, without what waits in the write-ahead log.
+    #: Of the file and its write-ahead log.
     file_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def verify(file: Path) -> Verification:
         with JournalReader(file) as reader, damage_told(file):
             # One transaction, and so one moment.
             reader.connection.execute("BEGIN")
-            found.file_bytes = file.stat().st_size
+            found.file_bytes = size_bytes(file)
             checks.run(reader)
     except JournalDamaged as error:
         checks.note(error.damage)
