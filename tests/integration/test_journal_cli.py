@@ -214,7 +214,7 @@ async def test_a_closed_pipe_ends_the_export_in_peace(tmp_path: Path) -> None:
 def test_prune(state_dir: Path) -> None:
     file = state_dir / "journal.sqlite3"
     planned = journal("prune", "--keep-days", "30", "--dry-run", state_dir=state_dir)
-    assert (planned.exit_code, planned.stdout) == (0, "12 records (3 whole rounds, 0.0 MB) would go\n")
+    assert (planned.exit_code, planned.stdout) == (0, "12 records (3 whole rounds, 2.6 kB) would go\n")
     assert len(read_journal(file)) == 15
     ended = journal("prune", "--keep-days", "30", "--json", state_dir=state_dir)
     assert {**lines(ended)[0], "bytes": 0} == {"records": 12, "rounds": 3, "bytes": 0, "dry_run": False}
@@ -224,8 +224,10 @@ def test_prune(state_dir: Path) -> None:
 
 @pytest.mark.parametrize(("size", "left"), [("1G", 15), ("10", 3), ("1KiB", 3), ("0.5T", 15)])
 def test_prune_by_size(state_dir: Path, size: str, left: int) -> None:
-    assert journal("prune", "--keep-bytes", size, state_dir=state_dir).exit_code == 0
+    ended = journal("prune", "--keep-bytes", size, state_dir=state_dir)
+    assert ended.exit_code == 0
     assert len(read_journal(state_dir / "journal.sqlite3")) == left
+    assert ("the rest is not in its oldest checkpoint yet" in ended.stdout) is (left == 3)
 
 
 def test_prune_leaves_a_running_coordinator_alone(state_dir: Path) -> None:

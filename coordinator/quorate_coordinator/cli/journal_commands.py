@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from quorate_coordinator.cli import common
-from quorate_coordinator.journal.database import Lock, connect_to_write, damage_told
+from quorate_coordinator.journal.database import Lock, connect_to_write, damage_told, size_bytes
 from quorate_coordinator.journal.errors import JournalDamaged, JournalInUse
 from quorate_coordinator.journal.prune import PruneReport, Retention, prune
 from quorate_coordinator.journal.reader import JournalReader
@@ -151,13 +151,20 @@ def prune_command(
         )
         path = _journal_file(file, state_dir)
         report = _prune(path, retention, dry_run)
+        left_bytes = size_bytes(path)
     if json_output:
         common.print_json(
             {"records": report.records, "rounds": report.rounds, "bytes": report.bytes, "dry_run": dry_run}
         )
     else:
         verb = "would go" if dry_run else "are gone"
-        typer.echo(f"{report.records} records ({report.rounds} whole rounds, {report.bytes / 1e6:.1f} MB) {verb}")
+        typer.echo(f"{report.records} records ({report.rounds} whole rounds, {_size_text(report.bytes)}) {verb}")
+        if not dry_run and retention.keep_bytes is not None and left_bytes > retention.keep_bytes:
+            typer.echo(f"the journal has {_size_text(left_bytes)} still: the rest is not in its oldest checkpoint yet")
+
+
+def _size_text(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1_000_000 else f"{size_bytes / 1e3:.1f} kB"
 
 
 def record_json(record: Record) -> dict[str, Any]:
