@@ -580,10 +580,8 @@ class Gatherer:
     def _answer_unrecorded(self, announcement: Announcement) -> None:
         """Answers who waits. The announcement stays held: a key is that round's until it is known whether it lasts."""
         answer, why = announcement.answer, self.recording_problem
-        if isinstance(answer, CallFailed):
-            self._answer_error(announcement.request_id, answer)
-        elif isinstance(answer, Revealed):
-            message = f"the truth of round {answer.round} is told, but that cannot be recorded now: {why}"
+        if isinstance(answer, Revealed | CallFailed):
+            message = f"the truth is told, but that cannot be recorded now: {why}"
             self._answer_error(announcement.request_id, CallFailed("not-recorded", message, retry=True))
         elif (asking := self._asks.get(announcement.request_id)) is not None:
             again = "ask again later" + ("" if asking.question.key is None else " under the same key")

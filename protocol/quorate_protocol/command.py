@@ -99,8 +99,11 @@ def _prepare_streams() -> _Output:
     codecs.register_error(_ESCAPE, _escape)
     output = _Output(1, "w", closefd=False)
     encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
+    # As `python -u` and PYTHONUNBUFFERED want it.
+    is_unbuffered = isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.write_through
+    buffer: Any = output if is_unbuffered else io.BufferedWriter(output)
     sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(output), encoding=encoding, errors=_ESCAPE, line_buffering=output.isatty()
+        buffer, encoding=encoding, errors=_ESCAPE, line_buffering=output.isatty(), write_through=is_unbuffered
     )
     return output
 

@@ -70,7 +70,7 @@ class TestBadReplies:
             stream = await agent.stream(len(DATA), DIGEST, DATA[:1000])
             await until(lambda: held_bytes(fleet))
             stream.reset(Code.INTERNAL)
-            await agent.expect_failed("ResetByPeer", "given-up")
+            await agent.expect_failed("the peer gave the stream up: INTERNAL", "given-up")
 
     async def test_over_the_ceiling(self, tmp_path: Path) -> None:
         async with emptied(tmp_path, bodies={"bytes_max": MIB}) as fleet, rogue(fleet) as agent:

@@ -16,7 +16,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from quorate_agent import Agent
-from quorate_agent import cli as agent_cli
+from quorate_agent import commands as agent_commands
 from quorate_agent.worker import Worker
 from quorate_coordinator.membership import MemberState
 from quorate_coordinator.rounds.instructions import RejectReason
@@ -390,7 +390,7 @@ class TestCompose:
 
     def test_there_is_time_to_drain(self, services: dict[str, Any]) -> None:
         assert int(services["coordinator"]["stop_grace_period"].removesuffix("s")) > Settings().sessions.drain_s + 5
-        drain_timeout_s = inspect.signature(agent_cli.run).parameters["drain_timeout"].default
+        drain_timeout_s = inspect.signature(agent_commands.run).parameters["drain_timeout"].default
         for service in self.agents(services).values():
             assert int(service["stop_grace_period"].removesuffix("s")) > drain_timeout_s + 5
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from quorate_agent import cli as agent_cli
+from quorate_agent import commands as agent_commands
 from quorate_coordinator.settings import load_settings
 
 UNITS = Path(__file__).resolve().parents[2] / "deploy" / "systemd"
@@ -90,11 +90,11 @@ class TestWhatTheySay:
 
     def test_an_agent_has_time_to_drain(self) -> None:
         timeout_s = int(_Unit(NAMES[1])["Service"]["TimeoutStopSec"])
-        assert timeout_s >= inspect.signature(agent_cli.run).parameters["drain_timeout"].default + 10
+        assert timeout_s >= inspect.signature(agent_commands.run).parameters["drain_timeout"].default + 10
 
     def test_exit_codes_that_another_start_does_not_mend(self) -> None:
         assert _Unit(NAMES[0])["Service"]["RestartPreventExitStatus"] == "2"
-        hopeless = (agent_cli.EXIT_USAGE, agent_cli.EXIT_REFUSED, agent_cli.EXIT_REPLACED)
+        hopeless = (agent_commands.EXIT_USAGE, agent_commands.EXIT_REFUSED, agent_commands.EXIT_REPLACED)
         assert _Unit(NAMES[1])["Service"]["RestartPreventExitStatus"] == " ".join(map(str, hopeless))
 
     def test_the_coordinator_takes_the_token_and_the_state_directory_that_systemd_gives(self) -> None:
@@ -108,7 +108,7 @@ class TestWhatTheySay:
     def test_variables_of_the_agent_are_read_by_its_command(self) -> None:
         text = (UNITS / NAMES[1]).read_text(encoding="utf-8") + (UNITS / "agent.env").read_text(encoding="utf-8")
         for variable in set(re.findall(r"QUORATE_\w+", text)):
-            sources = Path(agent_cli.__file__).parent, Path(inspect.getfile(load_settings)).parents[2] / "protocol"
+            sources = Path(agent_commands.__file__).parent, Path(inspect.getfile(load_settings)).parents[2] / "protocol"
             assert any(variable in path.read_text(encoding="utf-8") for root in sources for path in root.rglob("*.py"))
 
     def test_the_buffers_are_as_large_as_the_endpoint_asks_for(self) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ from journal_making import (
     truth,
     write_journal,
 )
-from quorate_coordinator.journal import writer
+from quorate_coordinator.journal import stall, writer
 from quorate_coordinator.journal.database import Sync
 from quorate_coordinator.journal.errors import JournalDamaged, JournalInUse, JournalUnusable, RecordInvalid
 from quorate_coordinator.journal.prune import Retention
@@ -84,6 +85,34 @@ async def test_flush_waits_for_all_before_it(file: Path) -> None:
         await asyncio.wait_for(journal.flush(), PATIENCE_S)
         assert max(heard.committed) == 40
         assert len(read_journal(file)) == 40
+
+
+async def test_a_checkpoint_that_stands_still_is_told_of_and_recovered_from(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No record may follow it: none is taken while that is told."""
+    goes_on = threading.Event()
+    write = writer._Committer._write
+
+    def stand_still(committer: Any, rows: Any, snapshots: Any) -> None:
+        if snapshots:
+            goes_on.wait()
+        write(committer, rows, snapshots)
+
+    monkeypatch.setattr(writer._Committer, "_write", stand_still)
+    monkeypatch.setattr(stall, "STALLED_S", 0.1)
+    async with journalling(file) as (journal, heard):
+        try:
+            journal.append(rounds(1)[0], at=EPOCH_S)
+            await heard.until(committed=1)
+            journal.append_checkpoint(1, b"state", at=EPOCH_S)
+            await heard.until(failed=1)
+            assert heard.failed == ["the journal cannot be written: its disk has taken nothing for 0.1 s"]
+            assert not heard.recovered
+        finally:
+            goes_on.set()
+        await heard.until(recovered=1)
+        assert (heard.recovered, journal.pending_records) == (1, 0)
 
 
 async def test_closing_commits_what_is_queued(file: Path) -> None:

@@ -133,6 +133,13 @@ def test_a_full_disk_is_one_line(command: str, buffered: bool) -> None:
     assert ended.stderr == f"{name}: standard output cannot be written: No space left on device\n"
 
 
+def test_what_an_agent_prints_shows_at_once_where_that_is_wanted(tmp_path: Path) -> None:
+    """And nothing of it is lost when it is killed."""
+    (tmp_path / "said.py").write_text("print('here')\nimport os; os.kill(os.getpid(), 9)\n")
+    ended = run(QUORATE_AGENT, "check", f"{tmp_path / 'said.py'}:agent", PYTHONUNBUFFERED="1")
+    assert (ended.returncode, ended.stdout) == (-9, "here\n")
+
+
 async def test_a_full_disk_under_what_rich_prints(tmp_path: Path) -> None:
     async with coordinator_process(tmp_path / "state") as coordinator:
         ended = await asyncio.to_thread(

@@ -39,7 +39,7 @@ class Stall:
 
     def watch(self) -> None:
         """Something waits for the disk."""
-        if self._timer is None:
+        if self._timer is None and not self._loop.is_closed():
             _, taken = self._progress()
             self._timer = self._loop.call_later(STALLED_S, self._look, taken, self._loop.time() + STALLED_S)
 

@@ -406,6 +406,9 @@ class _Committer:
         self._recovered()
         if group.rows:
             self._tell(self._on_committed, group.rows[-1][0])
+        else:
+            # A checkpoint alone: the disk may have been told of as one that stands still.
+            self._tell(self._on_recovered)
         return True
 
     def _look(self) -> None:
