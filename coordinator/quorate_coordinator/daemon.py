@@ -73,7 +73,10 @@ def raise_file_limit(spool_bytes_max: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
     if soft != resource.RLIM_INFINITY and soft < allowed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        except (OSError, ValueError):  # over what the kernel allows at all
+            allowed = soft
     if allowed < wanted:
         log.warning("few_files_may_be_open", limit=allowed, wanted=wanted, remedy="raise LimitNOFILE, or ulimit -Hn")
 

@@ -183,6 +183,12 @@ class Gatherer:
         """
         if (asking := await self.find_asked(ask, listener)) is not None:
             return asking
+        try:
+            self._numbers.check(self.book.next_id)
+        except ConfigurationError as error:
+            raise CallFailed(
+                "not-recorded", f"no round is taken, because none can be numbered: {error}", retry=True
+            ) from None
         question = question_of(ask)
         candidates = Candidates(self._fleet.select(ask.task, ask.labels), self._fleet.select_away(ask.task, ask.labels))
         request_id = next(self._request_ids)

@@ -51,8 +51,17 @@ class RoundNumbers:
         except ConfigurationError as error:
             if first == 1 or not _is_full(error.__cause__):
                 raise
-            # Rounds are refused while none can be recorded; the first that is not reserves.
+            # No round is opened before there are numbers: see `check`.
             log.error("round_numbers_not_reserved", problem=str(error))
+
+    def check(self, number: int) -> None:
+        """Whether a round may take this number; reserves more where it has to.
+
+        Raises:
+            ConfigurationError: no more can be reserved, and after a restart this one would be given again.
+        """
+        if number >= self._reserved:
+            self._reserve(self._reserved + _BLOCK)
 
     def use(self, number: int) -> None:
         """A round took this number.

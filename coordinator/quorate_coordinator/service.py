@@ -250,7 +250,7 @@ class Coordinator:
         )
 
     async def drain(self, timeout_s: float | None = None) -> bool:
-        """Takes no new agents, operators or rounds; returns when the rounds in flight are over and told.
+        """Takes no new agents or rounds; returns when the rounds in flight are over and told.
 
         Args:
             timeout_s: None is the setting `sessions.drain_s`.

@@ -41,8 +41,6 @@ _LAYERS: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("settings_layers", 
 
 _PREFIX: Final = "QUORATE_"
 
-#: A year: longer is a slip of units.
-
 
 def _none_if_empty(value: object) -> object:
     # A variable cannot undo what the file says by being absent, but it can be empty.

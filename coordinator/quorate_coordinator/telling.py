@@ -222,6 +222,8 @@ class Told:
         """The outcome is there, and no round's bound holds parts any more: what was not got to is left out."""
         kept = [(message, size) for message, size in self._waiting if isinstance(message, Opened)]
         self.close()
+        for _, size in kept:
+            self._untaken.hold(size)
         self._waiting.extend(kept)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -77,7 +78,16 @@ class _Output(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data)
+            left = memoryview(data).cast("B")
+            size = len(left)
+            while left:
+                written = super().write(left)
+                if written is None:
+                    # Somebody else has made it non-blocking: its other end's reader, say.
+                    select.select((), (self.fileno(),), ())
+                else:
+                    left = left[written:]
+            return size
         except OSError as error:
             self.problem = error
             raise
@@ -123,7 +133,7 @@ def _end_output(name: str, output: _Output) -> None:
     Raises:
         SystemExit: standard output has not taken all of it, now or before, though somebody reads it.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # the command may have closed it
         sys.stdout.flush()
     if output.problem is None:
         return

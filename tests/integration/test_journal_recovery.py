@@ -379,7 +379,9 @@ async def test_a_disk_that_stands_still_is_told_of_like_one_that_is_full(
 
         monkeypatch.setattr(writer._Committer, "_write", stand_still)
         try:
-            with pytest.raises(CallFailed, match=r"its disk has taken nothing for 0\.2 s; ask again later") as caught:
+            with pytest.raises(
+                CallFailed, match=r"its disk has finished no commit for 0\.2 s; ask again later"
+            ) as caught:
                 await operator.ask("echo", 2, key="k")
             assert (caught.value.reason, caught.value.retry) == ("not-recorded", True)
             assert not fleet.coordinator.is_ready

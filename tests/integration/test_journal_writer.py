@@ -107,7 +107,7 @@ async def test_a_checkpoint_that_stands_still_is_told_of_and_recovered_from(
             await heard.until(committed=1)
             journal.append_checkpoint(1, b"state", at=EPOCH_S)
             await heard.until(failed=1)
-            assert heard.failed == ["the journal cannot be written: its disk has taken nothing for 0.1 s"]
+            assert heard.failed == ["the journal cannot be written: its disk has finished no commit for 0.1 s"]
             assert not heard.recovered
         finally:
             goes_on.set()

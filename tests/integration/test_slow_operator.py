@@ -55,6 +55,17 @@ async def test_parts_that_have_no_room_are_left_out() -> None:
     assert (untaken.memory_bytes, untaken.is_full) == (0, False)
 
 
+async def test_an_opening_that_still_waits_at_the_end_counts_until_it_is_sent() -> None:
+    everybody = AllUntaken(2 << 30)
+    untaken = Untaken(everybody)
+    told = Told(untaken)
+    told.put(Opened(round=1, selected=["a"], quorum=1, deadline_s=1.0))
+    told.end()
+    assert (len(told), everybody.holders) == (1, 1)
+    told.close()
+    assert (len(told), everybody.holders) == (0, 0)
+
+
 def test_the_largest_answer_does_not_count() -> None:
     """Who asks one question after the other may have taken all of an answer before the coordinator knows."""
     untaken = Untaken(AllUntaken(2 << 30))

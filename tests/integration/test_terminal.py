@@ -140,6 +140,21 @@ def test_what_an_agent_prints_shows_at_once_where_that_is_wanted(tmp_path: Path)
     assert (ended.returncode, ended.stdout) == (-9, "here\n")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_that_does_not_block_gets_all(tmp_path: Path, unbuffered: str) -> None:
+    """Whoever reads it has made it so, for both ends."""
+    (tmp_path / "much.py").write_text("print('x' * 1_000_000)\nimport os; os._exit(print(end='', flush=True) or 7)\n")
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    arguments = [QUORATE_AGENT, "check", f"{tmp_path / 'much.py'}:agent"]
+    env = clean_environment(PYTHONUNBUFFERED=unbuffered)
+    with subprocess.Popen(arguments, env=env, stdout=writer, stderr=subprocess.PIPE) as process:
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            assert len(pipe.read()) == 1_000_001
+        assert process.wait(PATIENCE_S) == 7
+
+
 async def test_a_full_disk_under_what_rich_prints(tmp_path: Path) -> None:
     async with coordinator_process(tmp_path / "state") as coordinator:
         ended = await asyncio.to_thread(

@@ -302,5 +302,9 @@ def test_of_a_large_answer_json_says_that_it_is_one() -> None:
     wanted = {"size": len(blob), "digest": blob.digest.hex(), "is": f"dict of 2 ({len(blob)} bytes)"}
     assert (shown["answer"], shown["answer_ref"]) == (None, wanted)
     assert (shown["results"][0]["answer"], shown["results"][0]["answer_ref"]) == (None, wanted)
+    # One that travelled by itself because there was no room for all is shown as it is.
+    middling = blob_of([encode_body("x" * 400_000)])
+    moved = outcome.model_copy(update={"bulk": ref_to(middling).with_content(middling), "results": []})
+    assert (_outcome_json(moved)["answer"], "answer_ref" in _outcome_json(moved)) == ("x" * 400_000, False)
     small = outcome.model_copy(update={"bulk": None, "answer": encode_body("dict of 2"), "results": []})
     assert (_outcome_json(small)["answer"], "answer_ref" in _outcome_json(small)) == ("dict of 2", False)

@@ -1,9 +1,11 @@
 """Round numbers do not come again after a restart."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
+from quorate_coordinator import round_numbers
 from quorate_coordinator.round_numbers import RoundNumbers
 from quorate_protocol.errors import ConfigurationError
 
@@ -30,3 +32,23 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     with pytest.raises(ConfigurationError, match="next-round"):
         RoundNumbers(file)
     assert file.read_text() == content
+
+
+def test_a_run_that_began_on_a_full_disk_reserves_before_its_first_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "next-round"
+    RoundNumbers(file)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(round_numbers, "write_file", full)
+        with pytest.raises(ConfigurationError, match="No space left"):
+            RoundNumbers(tmp_path / "new" / "next-round")
+        numbers = RoundNumbers(file)
+        with pytest.raises(ConfigurationError, match="No space left"):
+            numbers.check(numbers.first)
+    numbers.check(numbers.first)
+    assert RoundNumbers(file).first > numbers.first

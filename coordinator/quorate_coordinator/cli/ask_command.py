@@ -27,6 +27,8 @@ from quorate_coordinator.cli.common import (
 from quorate_coordinator.tables import fitted_table
 from quorate_protocol.client import Replies
 from quorate_protocol.errors import BodyMissing, CallFailed, FrameMalformed, LinkError, Refused
+from quorate_protocol.fields import BodyRef
+from quorate_protocol.limits import BODY_BYTES_MAX
 from quorate_protocol.messages import AgentResult, Outcome
 
 #: States in which there is an answer.
@@ -176,7 +178,8 @@ def _show(outcome: Outcome, *, json_output: bool, was_streamed: bool) -> None:
         _print_outcome(outcome, has_table=not was_streamed)
     elif outcome.state in ANSWERED:
         with common.errors_shown():
-            common.print_json(_answer_json(outcome) if outcome.bulk is not None else _shown(outcome))
+            is_large = outcome.bulk is not None and _is_large(outcome.bulk)
+            common.print_json(_answer_json(outcome) if is_large else _shown(outcome))
 
 
 def _answer_json(answered: Outcome | AgentResult) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def _answer_json(answered: Outcome | AgentResult) -> dict[str, Any]:
         FrameMalformed: it cannot be read.
     """
     ref = answered.bulk
-    if ref is None:
+    if ref is None or not _is_large(ref):
         return {"answer": _shown(answered)}
     return {"answer": None, "answer_ref": {"size": ref.size, "digest": ref.digest.hex(), "is": _shown(answered)}}
 
@@ -234,6 +237,11 @@ def _unreadable(error: FrameMalformed) -> str:
     return f"its answer cannot be read: {error}"
 
 
+def _is_large(ref: BodyRef) -> bool:
+    """Whether nobody wants to see all of it. One that travelled by itself for want of room beside others is not."""
+    return ref.size > BODY_BYTES_MAX or ref.content is None
+
+
 def _shown(answered: Outcome | AgentResult) -> Any:
     """An answer as JSON has it; of a large one, in words what it is: nobody reads millions of numbers.
 
@@ -241,7 +249,7 @@ def _shown(answered: Outcome | AgentResult) -> Any:
         FrameMalformed: it cannot be read.
     """
     ref = answered.bulk
-    if ref is None:
+    if ref is None or not _is_large(ref):
         return common.as_json(answered.value)
     try:
         value = answered.value

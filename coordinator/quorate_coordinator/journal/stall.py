@@ -49,7 +49,7 @@ class Stall:
         if not pending:
             return
         if taken == taken_before and not self._has_failed and self._loop.time() - due < _LATE_S:
-            self.failed(f"the journal cannot be written: its disk has taken nothing for {STALLED_S:g} s")
+            self.failed(f"the journal cannot be written: its disk has finished no commit for {STALLED_S:g} s")
         self.watch()
 
     def committed(self, seq: int) -> None:

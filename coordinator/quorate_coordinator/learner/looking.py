@@ -1,5 +1,6 @@
 """What a learner tells of its agents, for listings and metrics: its faults cost those figures, and nothing else."""
 
+import sys
 from collections.abc import Iterable
 
 import structlog
@@ -38,7 +39,7 @@ def latencies_of(learner: Learner, agents: Iterable[str]) -> dict[str, Latency]:
     try:
         for agent in agents:
             if (latency := learner.latency(agent)) is not None:
-                latencies[agent] = Latency(p50_s=_number(latency.p50_s), p99_s=_number(latency.p99_s))
+                latencies[agent] = Latency(_number(latency.p50_s, SECONDS_MAX), _number(latency.p99_s, SECONDS_MAX))
     except Exception:
         log.exception("learner_failed_to_tell_latencies")
         return {}
@@ -48,13 +49,13 @@ def latencies_of(learner: Learner, agents: Iterable[str]) -> dict[str, Latency]:
 _name = TypeAdapter(Name).validate_python
 
 
-def _number(value: float) -> float:
-    """What may stand in a listing: weights, shares and seconds alike.
+def _number(value: float, at_most: float = sys.float_info.max) -> float:
+    """What may stand in a listing: weights and shares, or seconds.
 
     Raises:
         TypeError, ValueError: it may not.
     """
     number = float(value)
-    if not 0 <= number <= SECONDS_MAX:
+    if not 0 <= number <= at_most:
         raise ValueError(f"{value!r} is no weight, share or time")
     return number

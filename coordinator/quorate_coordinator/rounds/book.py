@@ -180,6 +180,11 @@ class RoundBook:
     # --- for status and metrics ---
 
     @property
+    def next_id(self) -> int:
+        """The number of the next round."""
+        return self._last_id + 1
+
+    @property
     def in_flight(self) -> int:
         """Rounds open or in grace."""
         return len(self._rounds)
@@ -274,7 +279,7 @@ class RoundBook:
         if len(set(everyone)) < len(everyone):
             return _reject(event, "bad-request", "selected: an agent is named twice", retry=False)
         try:
-            round_ = Round(self._last_id + 1, event, now)
+            round_ = Round(self.next_id, event, now)
         except NobodySelected:
             return _reject(event, "no-agents", f"no agent can be asked to {event.task}", retry=True)
         except PolicyConflict as conflict:
