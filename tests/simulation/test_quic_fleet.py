@@ -1,7 +1,9 @@
 """The simulation's plans with real shells over the real QUIC engine, on a bad network in memory, under virtual time."""
 
 import asyncio
+import gc
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +29,14 @@ def plan_of(seed: int, agents: int = 8) -> Plan:
     return playable(make_plan(seed, agents=agents, hours=0.08))
 
 
+@pytest.fixture
+def nothing_left(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A run that has found something ends all that it began."""
+    yield
+    gc.collect()
+    assert [text for text in caplog.messages if "Task was destroyed" in text] == []
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_what_must_hold_holds(seed: int) -> None:
     report = simulate_quic(plan_of(seed))
@@ -37,7 +47,7 @@ def test_what_must_hold_holds(seed: int) -> None:
     assert report.handlers > 0
 
 
-def test_a_book_with_a_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_book_with_a_bug_is_found(monkeypatch: pytest.MonkeyPatch, nothing_left: None) -> None:
     monkeypatch.setattr("quorate_coordinator.gather.RoundBook", NamesOneTwice)
     for seed in range(20):
         # Agents are lost when they are killed: as many as there can be.
@@ -53,7 +63,7 @@ def test_a_book_with_a_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     raise AssertionError("not found within 20 seeds")
 
 
-def test_an_agent_with_a_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_with_a_bug_is_found(monkeypatch: pytest.MonkeyPatch, nothing_left: None) -> None:
     monkeypatch.setattr("quorate_agent.worker.AgentCore", RunsTwice)
     for seed in range(20):
         violation = simulate_quic(plan_of(seed)).violation

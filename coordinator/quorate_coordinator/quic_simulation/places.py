@@ -169,6 +169,11 @@ class AgentPlace:
             task.cancel()
         return task
 
+    def close(self) -> None:
+        """Its process ends, and none is started any more."""
+        self._downs += 1
+        self.end()
+
     def ask_to_stop(self) -> None:
         """SIGTERM; its supervisor starts it again."""
         if self._worker is not None:

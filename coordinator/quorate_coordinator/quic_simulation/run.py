@@ -111,6 +111,7 @@ class _Fleet:
         journal = JournalSettings(keep_days=_KEEP_DAYS)
         settings = Settings(http="", state_dir=state_dir, journal=journal).model_copy(update={"listen": URL})
         self.coordinator = CoordinatorPlace(settings, network)
+        self.hosts: list[AgentPlace] = []
 
     async def live(self, progress: Callable[[float], None]) -> None:
         """From the start to the quiet end.
@@ -121,7 +122,10 @@ class _Fleet:
         try:
             await self._live(progress)
         except BaseException:
-            # The journal's thread would go on. What else fails now is no finding.
+            # Agents would start again while the rest ends, and the journal's thread go on. What else fails now is no
+            # finding.
+            for host in self.hosts:
+                host.close()
             with contextlib.suppress(Exception):
                 await self.coordinator.stop()
             raise
@@ -132,7 +136,7 @@ class _Fleet:
         await self.coordinator.start()
         assert self.coordinator.current is not None
         credentials: dict[str, Any] = {**self.coordinator.current.credentials}
-        hosts = [AgentPlace(plan.seed, number, credentials, self.history) for number in range(plan.agents)]
+        hosts = self.hosts = [AgentPlace(plan.seed, number, credentials, self.history) for number in range(plan.agents)]
         operators = [Operator(plan.seed, number, credentials, self.history) for number in range(OPERATORS)]
         faults = Faults(loop, hosts, self.coordinator, self.network, operators, self.wall)
         self.report.faults = faults.counts
