@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from processes import CoordinatorProcess, Ended, coordinator_process
+from quorate_agent import Agent
 from quorate_coordinator.journal.reader import JournalReader
 from quorate_coordinator.journal.records import Record, RoundClosed, TruthTold
 from quorate_coordinator.journal.schema import JOURNAL_NAME
@@ -135,3 +136,19 @@ def last_state(journal: Path) -> bytes:
 def records_in(journal: Path) -> list[Record]:
     with JournalReader(journal) as reader:
         return [record for _, _, record in reader.records()]
+
+
+@contextlib.asynccontextmanager
+async def agents(restarting: Restarting, *made: Agent) -> AsyncIterator[None]:
+    """Agents of this process; they join, and come back, by themselves."""
+    tasks = [
+        asyncio.create_task(agent.run(restarting.url, token=restarting.token, tls=restarting.tls)) for agent in made
+    ]
+    try:
+        async with restarting.client() as client:
+            await joined(client, *(agent.name or "" for agent in made))
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -11,6 +11,7 @@ import resource
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from quorate_coordinator.journal.verify import verify
 from quorate_protocol.client import Client
 from quorate_protocol.errors import CallFailed
 from quorate_protocol.messages import Outcome
-from restarting import Restarting, joined, last_state, records_in, replay_all
+from restarting import Restarting, agents, joined, last_state, records_in, replay_all
 
 
 @contextlib.contextmanager
@@ -153,57 +154,46 @@ async def test_rounds_are_refused_while_none_can_be_recorded(tmp_path: Path, how
         assert checked.code == 0, checked.err
 
 
+async def killed_while_full(restarting: Restarting, fill_up: Callable[[], None], size: int) -> dict[str, Any]:
+    """Asks until no round is taken any more, and is started again after that; what came of each key."""
+    async with restarting.client() as client:
+        came: dict[str, Any] = {"before": await client.ask("echo", "before" + "." * size, key="before")}
+        fill_up()
+        came |= await ask_until_refused(client, size)
+    await restarting.kill()
+    await restarting.start()
+    return came
+
+
 async def test_killed_while_the_disk_is_full_only_what_was_not_announced_is_gone(tmp_path: Path) -> None:
-    async with filled_up(tmp_path, "limit") as (restarting, fill_up, _):
-        agent = asyncio.create_task(echo("a").run(restarting.url, token=restarting.token, tls=restarting.tls))
-        try:
-            async with restarting.client() as client:
-                await joined(client, "a")
-                before = await client.ask("echo", "before", key="before")
-                fill_up()
-                came = await ask_until_refused(client, 1000)
-            await restarting.kill()
-            await restarting.start()
-            async with restarting.client() as client:
-                await joined(client, "a")
-                assert await client.ask("echo", "before", key="before") == before
-                for key, earlier in came.items():
-                    outcome = await client.ask("echo", key + "." * 1000, key=key)
-                    assert outcome.state == "complete"
-                    assert not isinstance(earlier, Outcome) or outcome == earlier
-            await restarting.stop()
-        finally:
-            agent.cancel()
-            await asyncio.wait([agent])
+    async with filled_up(tmp_path, "limit") as (restarting, fill_up, _), agents(restarting, echo("a")):
+        came = await killed_while_full(restarting, fill_up, 1000)
+        async with restarting.client() as client:
+            await joined(client, "a")
+            for key, earlier in came.items():
+                outcome = await client.ask("echo", key + "." * 1000, key=key)
+                assert outcome.state == "complete"
+                assert not isinstance(earlier, Outcome) or outcome == earlier
+        await restarting.stop()
     closed = [record for record in records_in(restarting.journal) if isinstance(record, RoundClosed)]
     final = [record.key or "" for record in closed if record.state != "interrupted"]
-    assert sorted(final) == sorted(["before", *came])
+    assert sorted(final) == sorted(came)
     assert verify(restarting.journal).problems == []
 
 
 async def test_started_again_while_the_disk_is_full_it_goes_on_once_there_is_room(tmp_path: Path) -> None:
     if os.geteuid():
         pytest.skip("only root can mount a file system")
-    async with filled_up(tmp_path, "file system") as (restarting, fill_up, make_room):
-        agent = asyncio.create_task(echo("a").run(restarting.url, token=restarting.token, tls=restarting.tls))
-        try:
-            async with restarting.client() as client:
-                await joined(client, "a")
-                before = await client.ask("echo", "before", key="before")
-                fill_up()
-                came = await ask_until_refused(client, 20_000)
-            await restarting.kill()
-            await restarting.start()
-            async with restarting.client() as client:
-                await joined(client, "a")
-                assert await client.ask("echo", "before", key="before") == before
-                came |= await ask_until_refused(client, 20_000, "again")
-                make_room()
-                for key, earlier in came.items():
-                    outcome = await ask_until_taken(client, key, 20_000)
-                    assert not isinstance(earlier, Outcome) or outcome == earlier
-            await restarting.stop()
-        finally:
-            agent.cancel()
-            await asyncio.wait([agent])
+    size = 20_000
+    async with filled_up(tmp_path, "file system") as (restarting, fill_up, make_room), agents(restarting, echo("a")):
+        came = await killed_while_full(restarting, fill_up, size)
+        async with restarting.client() as client:
+            await joined(client, "a")
+            assert await client.ask("echo", "before" + "." * size, key="before") == came["before"]
+            came |= await ask_until_refused(client, size, "again")
+            make_room()
+            for key, earlier in came.items():
+                outcome = await ask_until_taken(client, key, size)
+                assert not isinstance(earlier, Outcome) or outcome == earlier
+        await restarting.stop()
         assert verify(restarting.journal).problems == []

@@ -1,7 +1,6 @@
 """A coordinator that is killed with SIGKILL and started again: what it knows, and what its fleet and operators see."""
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,14 +11,13 @@ from agent_making import Gated, echo
 from coordination import until
 from journal_making import execute, opened, write_journal
 from processes import PATIENCE_S, coordinator_process, quorate, running
-from quorate_agent import Agent
 from quorate_agent import backoff as backoff_module
 from quorate_coordinator.journal.records import RoundClosed, RoundOpened, TruthTold
 from quorate_coordinator.journal.verify import verify
 from quorate_coordinator.ledger import outcome_of
 from quorate_protocol.errors import CallFailed, ConnectionClosed
 from quorate_protocol.messages import Outcome
-from restarting import Restarting, joined, last_state, records_in, recovered, replay_all
+from restarting import Restarting, agents, joined, last_state, records_in, recovered, replay_all
 
 
 @pytest.fixture(autouse=True)
@@ -32,22 +30,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 async def restarting(tmp_path: Path) -> AsyncIterator[Restarting]:
     async with Restarting(tmp_path / "state") as restarting:
         yield restarting
-
-
-@contextlib.asynccontextmanager
-async def agents(restarting: Restarting, *made: Agent) -> AsyncIterator[None]:
-    """Agents of this process; they join, and come back, by themselves."""
-    tasks = [
-        asyncio.create_task(agent.run(restarting.url, token=restarting.token, tls=restarting.tls)) for agent in made
-    ]
-    try:
-        async with restarting.client() as client:
-            await joined(client, *(agent.name or "" for agent in made))
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
 
 
 def outcomes_in(journal: Path) -> dict[int, Outcome]:
