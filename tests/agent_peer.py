@@ -173,6 +173,7 @@ class UdpRelay(asyncio.DatagramProtocol):
 
     def __init__(self, server_port: int) -> None:
         self.is_cut = False
+        self._is_closed = False
         self.port = 0
         self._server_address = ("127.0.0.1", server_port)
         self._transport: asyncio.DatagramTransport
@@ -203,9 +204,16 @@ class UdpRelay(asyncio.DatagramProtocol):
                     relay._transport.sendto(data, client)
 
         transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(Back, local_addr=("127.0.0.1", 0))
-        self._outside.setdefault(client, transport).sendto(data, self._server_address)
+        if self._is_closed or client in self._outside:
+            # One datagram of the same client more has opened another meanwhile.
+            transport.close()
+        else:
+            self._outside[client] = transport
+        if not self._is_closed:
+            self._outside[client].sendto(data, self._server_address)
 
     def close(self) -> None:
+        self._is_closed = True
         for transport in (self._transport, *self._outside.values()):
             transport.close()
 
